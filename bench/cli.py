@@ -1,0 +1,55 @@
+"""The `longtake` command: each subcommand is the `main(argv)` of the module that does the work."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "demo": ("longtake.bench.demo", "train a tiny model through all five stages and find needles, on this machine"),
+    "train": ("longtake.train.command", "train one stage from a TOML file"),
+    "generate": ("longtake.infer.generate", "ask about a video"),
+    "needle": ("longtake.infer.needle", "needle in a haystack: frames x depths"),
+    "bench": (None, "one microbenchmark: attention, ring, step, layout"),
+}
+BENCHMARKS = ("attention", "ring", "step", "layout")
+
+
+def usage() -> str:
+    """What `longtake --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "usage: longtake COMMAND [--help]\n\n" + "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a subcommand. A user's mistake ends with one line on stderr and exit code 1; bad usage with 2."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] in (["--help"], ["-h"]):
+        print(usage())
+        return
+    if not args or args[0] not in COMMANDS:
+        sys.exit(_bad_usage(f"unknown command {args[0]!r}" if args else "no command", usage()))
+    command, *rest = args
+    module = COMMANDS[command][0]
+    if module is None:
+        if not rest or rest[0] not in BENCHMARKS:
+            names = f"usage: longtake bench NAME [--json FILE], NAME one of {', '.join(BENCHMARKS)}"
+            if rest[:1] in (["--help"], ["-h"]):
+                print(names)
+                return
+            sys.exit(_bad_usage(f"unknown benchmark {rest[0]!r}" if rest else "no benchmark", names))
+        module, rest = f"longtake.bench.{rest[0]}", rest[1:]
+    try:
+        importlib.import_module(module).main(rest)
+    except (ValueError, OSError) as error:
+        print(f"longtake {command}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _bad_usage(problem: str, text: str) -> int:
+    print(f"longtake: {problem}\n{text}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Sequence-parallel inference: all ranks prefill and decode together, and the cache is spread evenly over them.
+
+Prompts are packed on one axis of slots: each document's tokens, then room for what it generates. The axis is
+cut into chunks; each chunk is dealt to the ranks by a layout of its own, runs through 2D attention, and leaves its
+keys and values where they were computed: each rank keeps its heads of its ring part. To decode, each rank attends
+with its heads over its slots, and the partial results are merged by their lse.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..comm.layout import Layout, balanced
+from ..comm.mesh import Mesh
+from ..kernels.attention import block_forward
+from ..kernels.visibility import Visibility, mask_bounds
+from ..model.attention_plan import plan_attention
+from ..model.batch import Document
+from ..model.features import route_frames
+from ..model.ring import ring_attention
+from ..model.ulysses import HeadSplit, to_heads, to_tokens
+from ..model.vlm import VisionLanguageModel
+from .merge import merge_partials
+from .sampling import sample
+
+ReadFrames = Callable[[int, int], Tensor]
+"""(first, last) -> pixels float32 [last - first, 3, H, W] of those frames, counted over all prompts"""
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """The axis of slots. Document i has slots [cu_seqlens[i], cu_seqlens[i + 1]); prompt_lengths[i] are filled at first.
+
+    input_ids int64 [num_slots], filled bool [num_slots], frame_starts int64 [num_frames]: positions on the axis.
+    """
+
+    cu_seqlens: Tensor
+    prompt_lengths: Tensor
+    input_ids: Tensor
+    filled: Tensor
+    frame_starts: Tensor
+
+    @classmethod
+    def of(cls, prompts: Sequence[Document], max_new_tokens: int) -> "Slots":
+        lengths = torch.tensor([len(p.input_ids) for p in prompts])
+        cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), (lengths + max_new_tokens).cumsum(0)])
+        input_ids = torch.zeros(int(cu_seqlens[-1]), dtype=torch.int64)
+        filled = torch.zeros(len(input_ids), dtype=torch.bool)
+        frames = []
+        for prompt, start in zip(prompts, cu_seqlens.tolist(), strict=False):
+            input_ids[start : start + len(prompt.input_ids)] = prompt.input_ids
+            filled[start : start + len(prompt.input_ids)] = True
+            frames.append(prompt.frame_starts + start)
+        return cls(cu_seqlens, lengths, input_ids, filled, torch.cat(frames))
+
+    def place_in_document(self, positions: Tensor) -> Tensor:
+        """RoPE positions of slots: they restart at each document."""
+        document = torch.searchsorted(self.cu_seqlens, positions, right=True) - 1
+        return positions - self.cu_seqlens[document]
+
+    def chunk_edges(self, size: int, tokens_per_frame: int) -> list[int]:
+        """Cut the axis into chunks of at most about `size` slots, never through a frame."""
+        total, edges = len(self.input_ids), [0]
+        while edges[-1] < total:
+            edge = min(edges[-1] + size, total)
+            frame = int(torch.searchsorted(self.frame_starts, edge)) - 1  # the last frame that begins before
+            if frame >= 0 and edge < (end := int(self.frame_starts[frame]) + tokens_per_frame):
+                begin = int(self.frame_starts[frame])
+                edge = begin if begin > edges[-1] else end
+            edges.append(edge)
+        return edges
+
+
+class KeyValueCache:
+    """One rank's keys and values: its heads, of the slots of its ring part, in increasing order.
+
+    parts: the positions that each ring rank holds so far; keys, values: a layer's [num_local_slots, H, D].
+    """
+
+    def __init__(self, model: VisionLanguageModel, mesh: Mesh, num_local_slots: int) -> None:
+        config = model.config.language
+        self.heads = HeadSplit(config.num_attention_heads, config.num_key_value_heads, mesh.ulysses)
+        mine = self.heads.kv[mesh.ulysses_rank]
+        self.expand = self.heads.kv_of_q(mesh.ulysses_rank)
+        num_heads = mine.stop - mine.start if self.expand is None else len(self.expand)
+        shape = (config.num_hidden_layers, num_local_slots, num_heads, config.head_dim)
+        dtype = model.llm.model.embed_tokens.weight.dtype
+        self.keys = torch.empty(shape, dtype=dtype, device=mesh.device)
+        self.values = torch.empty_like(self.keys)
+        self.parts = [torch.empty(0, dtype=torch.int64) for _ in range(mesh.ring)]
+        self.ring_rank = mesh.ring_rank
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions of this rank's slots."""
+        return self.parts[self.ring_rank]
+
+    def grow(self, layout: Layout, offset: int) -> None:
+        """The slots of one more chunk."""
+        self.parts = [torch.cat([part, layout.ring_part(r) + offset]) for r, part in enumerate(self.parts)]
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        self.keys[layer, slots], self.values[layer, slots] = k, v
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.keys[layer, : len(self.positions)], self.values[layer, : len(self.positions)]
+
+
+class Engine:
+    """Generates for packed prompts on all ranks of a mesh (data degree 1). chunk: slots prefilled at once."""
+
+    def __init__(self, model: VisionLanguageModel, mesh: Mesh, *, chunk: int = 65_536) -> None:
+        if mesh.data != 1:
+            raise ValueError(f"inference runs on one sequence-parallel group, got data degree {mesh.data}")
+        self.model, self.mesh, self.chunk = model.eval(), mesh, chunk
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Document],
+        read_frames: ReadFrames,
+        *,
+        max_new_tokens: int,
+        stop: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[list[int | None]]:
+        """Yield the next token of each prompt until all have produced `stop` or max_new_tokens; None: it is done.
+
+        Greedy at temperature 0. Every rank passes the same arguments and gets the same tokens. Collective.
+        """
+        slots = Slots.of(prompts, max_new_tokens)
+        generator = torch.Generator(self.mesh.device).manual_seed(seed)
+        cache, hidden = self._prefill(slots, read_frames)
+        active = list(range(len(prompts)))
+        for step in range(max_new_tokens):
+            tokens = sample(self.model.llm.logits(hidden), temperature=temperature, top_p=top_p, generator=generator)
+            yield _spread(tokens.tolist(), active, len(prompts))
+            going = [i for i, token in enumerate(tokens.tolist()) if token != stop]
+            if not going or step == max_new_tokens - 1:
+                return
+            active, tokens = [active[i] for i in going], tokens[going]
+            positions = slots.cu_seqlens[active] + slots.prompt_lengths[active] + step
+            hidden = self._decode(slots, cache, positions, tokens)
+
+    # ------------------------------------------------------------------------------------------- prefill
+
+    def _prefill(self, slots: Slots, read_frames: ReadFrames) -> tuple[KeyValueCache, Tensor]:
+        """Run the prompts. Returns the cache and the hidden state [num_prompts, C] of each prompt's last token."""
+        edges = slots.chunk_edges(self.chunk, self.model.config.tokens_per_frame)
+        chunks = list(zip(edges, edges[1:], strict=False))
+        layouts = [self._layout(slots, first, last) for first, last in chunks]
+        local = sum(len(layout.ring_part(self.mesh.ring_rank)) for layout in layouts)
+        cache = KeyValueCache(self.model, self.mesh, local)
+        ends = slots.cu_seqlens[:-1] + slots.prompt_lengths - 1
+        rows = []
+        for (first, last), layout in zip(chunks, layouts, strict=True):
+            positions, hidden = self._prefill_chunk(slots, cache, layout, first, last, read_frames)
+            mine = torch.isin(positions, ends)
+            rows.append((positions[mine], hidden[mine.to(hidden.device)]))
+        owned = torch.cat([p for p, _ in rows]), torch.cat([h for _, h in rows])
+        return cache, self._everywhere(*owned)
+
+    def _layout(self, slots: Slots, first: int, last: int) -> Layout:
+        inside = slots.cu_seqlens[(slots.cu_seqlens > first) & (slots.cu_seqlens < last)]
+        edges = torch.cat([torch.tensor([first]), inside, torch.tensor([last])])
+        return balanced(edges - first, ring=self.mesh.ring, ulysses=self.mesh.ulysses)
+
+    def _prefill_chunk(
+        self,
+        slots: Slots,
+        cache: KeyValueCache,
+        layout: Layout,
+        first: int,
+        last: int,
+        read_frames: ReadFrames,
+    ) -> tuple[Tensor, Tensor]:
+        """Positions and hidden states of this rank's prompt tokens in slots [first, last)."""
+        mesh, device = self.mesh, self.mesh.device
+        cache.grow(layout, first)
+        held = [layout.positions(rank) + first for rank in range(mesh.sp_size)]
+        queries = [positions[slots.filled[positions]] for positions in held]
+        plan = plan_attention(
+            mesh,
+            queries,
+            cache.parts,
+            num_tokens=len(slots.input_ids),
+            causal=True,
+            cu_seqlens=slots.cu_seqlens,
+        )
+        group = slice(mesh.ring_rank * mesh.ulysses, (mesh.ring_rank + 1) * mesh.ulysses)
+        new_slots = torch.searchsorted(cache.positions, torch.cat(queries[group])).to(device)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = to_heads(q, k, v, heads=cache.heads, plan=plan)
+            cache.write(layer, new_slots, k, v)
+            out = ring_attention(q, *cache.read(layer), plan, scale=q.shape[-1] ** -0.5)
+            return to_tokens(out, heads=cache.heads, plan=plan)
+
+        embedded = self._embed(slots, held[mesh.sp_rank], layout, first, last, read_frames)
+        mine = queries[mesh.sp_rank]
+        embedded = embedded[slots.filled[held[mesh.sp_rank]].to(device)]
+        return mine, self.model.llm(embedded, slots.place_in_document(mine).to(device), attend)
+
+    def _embed(
+        self, slots: Slots, held: Tensor, layout: Layout, first: int, last: int, read_frames: ReadFrames
+    ) -> Tensor:
+        edges = torch.tensor([first, last])
+        begin, end = torch.searchsorted(slots.frame_starts, edges).tolist()
+        starts = slots.frame_starts[begin:end] - first
+        route = route_frames(starts, self.model.config.tokens_per_frame, layout, self.mesh)
+        pixels = read_frames(begin + route.first, begin + route.last).to(self.mesh.device)
+        return self.model.embed(slots.input_ids[held].to(self.mesh.device), pixels, route)
+
+    def _everywhere(self, positions: Tensor, hidden: Tensor) -> Tensor:
+        """Hidden states of all prompts' last tokens, in the order of their positions, from the ranks that have them."""
+        parts = self.mesh.gather_objects((positions, hidden.cpu()), "sp")
+        order = torch.cat([p for p, _ in parts]).argsort()
+        return torch.cat([h for _, h in parts])[order].to(self.mesh.device)
+
+    # -------------------------------------------------------------------------------------------- decode
+
+    def _decode(self, slots: Slots, cache: KeyValueCache, positions: Tensor, tokens: Tensor) -> Tensor:
+        """One more token [B] of the documents at slots `positions` [B]. Every rank runs them; attention is shared."""
+        mesh, heads = self.mesh, cache.heads
+        bounds = mask_bounds(positions, num_tokens=len(slots.input_ids), causal=True, cu_seqlens=slots.cu_seqlens)
+        visibility = Visibility.from_bounds(*bounds, cache.positions)
+        owned = torch.isin(positions, cache.positions)
+        new_slots = torch.searchsorted(cache.positions, positions[owned]).to(mesh.device)
+        my_q, my_kv = heads.q[mesh.ulysses_rank], heads.kv[mesh.ulysses_rank]
+        owned = owned.to(mesh.device)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k, v = k[owned, my_kv], v[owned, my_kv]
+            if cache.expand is not None:
+                k, v = k[:, cache.expand], v[:, cache.expand]
+            cache.write(layer, new_slots, k, v)
+            keys, values = cache.read(layer)
+            out, lse = block_forward(q[:, my_q].contiguous(), keys, values, visibility, scale=q.shape[-1] ** -0.5)
+            return merge_partials(out, lse, heads, mesh).to(q.dtype)
+
+        embedded = self.model.llm.embed(tokens)
+        return self.model.llm(embedded, slots.place_in_document(positions).to(mesh.device), attend)
+
+
+def _spread(tokens: list[int], active: list[int], num_prompts: int) -> list[int | None]:
+    whole: list[int | None] = [None] * num_prompts
+    for i, token in zip(active, tokens, strict=True):
+        whole[i] = token
+    return whole

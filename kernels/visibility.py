@@ -1,0 +1,117 @@
+"""Which keys a query sees: one interval of key positions for each query row, whatever the mask.
+
+A mask is two non-decreasing rows of *global* key positions, `lo <= position <= hi`. Because a shard keeps its
+tokens in increasing position, what a row sees is one range of *local* key indices, `start <= j < end`.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .tiles import Tile, plan_tiles
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
+    """Raises ValueError where `cu_seqlens` is not a list of offsets that rises from 0 to `num_tokens`."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or cu_seqlens.is_floating_point():
+        got = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        raise ValueError(f"cu_seqlens must be a 1-D integer tensor [num_docs + 1], got {got}")
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0:
+        raise ValueError(f"cu_seqlens must start at 0, got {first}: put a 0 before the first document's end")
+    falls = (cu_seqlens.diff() < 0).nonzero()
+    if len(falls):
+        i = int(falls[0])
+        before, after = cu_seqlens[i : i + 2].tolist()
+        raise ValueError(f"cu_seqlens must not decrease, got {after} after {before} at index {i + 1}")
+    if last != num_tokens:
+        raise ValueError(f"cu_seqlens must end at the number of tokens, {num_tokens}, got {last}")
+
+
+def document_bounds(
+    positions: Tensor, first: Tensor, last: Tensor, *, causal: bool = False, window: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`lo, hi` int64 [n] of queries at `positions` [n], whose documents hold the keys `first` to `last` [n].
+
+    A position may lie before its document's keys (more queries than keys). A row that sees nothing has lo = hi + 1.
+    """
+    if window is not None and window <= 0:
+        raise ValueError(f"window must be at least 1 (a token sees itself), got {window}; None: no window")
+    lo, hi = first, last
+    if window is not None:
+        lo, hi = torch.maximum(lo, positions - window + 1), torch.minimum(hi, positions + window - 1)
+    if causal:
+        hi = torch.minimum(hi, positions)
+    return lo, torch.maximum(hi, lo - 1)
+
+
+def mask_bounds(
+    positions: Tensor,
+    *,
+    num_tokens: int,
+    causal: bool = False,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """First and last global key position that the queries at global `positions` see.
+
+    Args:
+        positions: int64 [n], non-decreasing, each in [0, num_tokens).
+        num_tokens: length of the packed stream.
+        causal: no key after the query.
+        window: only keys with |query - key| < window.
+        cu_seqlens: integer [num_docs + 1], rising from 0 to num_tokens; tokens see their own document alone.
+
+    Returns:
+        lo, hi: int64 [n], both non-decreasing; query i sees the keys `lo[i] <= position <= hi[i]`.
+
+    Raises:
+        ValueError: window < 1, or cu_seqlens that is not a list of offsets of num_tokens tokens.
+    """
+    if cu_seqlens is None:
+        first, last = torch.zeros_like(positions), torch.full_like(positions, num_tokens - 1)
+    else:
+        check_cu_seqlens(cu_seqlens, num_tokens)
+        offsets = cu_seqlens.to(positions)
+        document = torch.searchsorted(offsets, positions, right=True)
+        first, last = offsets[document - 1], offsets[document] - 1
+    return document_bounds(positions, first, last, causal=causal, window=window)
+
+
+@dataclass(frozen=True, eq=False)
+class Visibility:
+    """The mask between the query rows and the key rows that meet in one block, made once per layout.
+
+    Attributes:
+        start, end: int32 [num_queries], row i sees the local keys `start[i] <= j < end[i]`.
+        kstart, kend: int32 [num_keys], key j is seen by the rows `kstart[j] <= i < kend[j]`.
+
+    All four are non-decreasing. A row that sees nothing has start == end at its insertion point.
+    """
+
+    start: Tensor
+    end: Tensor
+    kstart: Tensor
+    kend: Tensor
+
+    @classmethod
+    def from_bounds(cls, lo: Tensor, hi: Tensor, key_positions: Tensor) -> "Visibility":
+        """From `lo, hi` int64 [num_queries] of `mask_bounds` and `key_positions` int64 [num_keys], increasing."""
+        start = torch.searchsorted(key_positions, lo, out_int32=True)
+        end = torch.searchsorted(key_positions, hi, right=True, out_int32=True)
+        key = torch.arange(len(key_positions), dtype=torch.int32, device=key_positions.device)
+        kstart = torch.searchsorted(end, key, right=True, out_int32=True)
+        kend = torch.searchsorted(start, key, right=True, out_int32=True)
+        return cls(start, end, kstart, kend)
+
+    @cached_property
+    def area(self) -> int:
+        """Number of visible (query, key) pairs."""
+        return int((self.end - self.start).sum(dtype=torch.int64))
+
+    @cached_property
+    def tiles(self) -> tuple[Tile, ...]:
+        """The CPU backend's plan, made on first use and shared by all layers, forward and backward."""
+        return plan_tiles(self.start, self.end)

@@ -1,0 +1,90 @@
+"""The plan of 2D attention for one batch: pure index work, done once and used by every layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..comm.layout import Layout
+from ..comm.mesh import Mesh
+from ..comm.plan import Rows, Step, direct, relay
+from ..kernels.visibility import Visibility, mask_bounds
+
+Route = Literal["direct", "relay"]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPlan:
+    """Who sends which key rows to whom, and what each step's queries see of them. Made once a batch.
+
+    counts: tokens that each Ulysses rank of this ring rank brings in; visibility: one a step.
+    """
+
+    mesh: Mesh
+    route: Route
+    counts: tuple[int, ...]
+    steps: tuple[Step, ...]
+    visibility: tuple[Visibility, ...]
+    backend: str | None = None
+
+
+def plan_attention(
+    mesh: Mesh,
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    *,
+    num_tokens: int,
+    causal: bool = False,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    route: Route = "direct",
+    backend: str | None = None,
+) -> AttentionPlan:
+    """Plan attention over a sequence of num_tokens, from who holds what.
+
+    queries: global positions (int64, increasing) of each rank of the group, sp_size of them; keys: those that each
+    ring rank holds, ring of them. Raises ValueError where they are not as many, or the route is unknown.
+    """
+    if (len(queries), len(keys)) != (mesh.sp_size, mesh.ring):
+        raise ValueError(
+            f"the layout is for {len(queries)} ranks and a ring of {len(keys)}, the mesh has ring {mesh.ring} x "
+            f"ulysses {mesh.ulysses}: make the layout with the mesh's degrees"
+        )
+    if route not in ("direct", "relay"):
+        raise ValueError(f"route must be 'direct' or 'relay', got {route!r}")
+    if mesh.ring == 1:
+        route = "direct"  # nobody to relay to
+    ring, me, group = range(mesh.ring), mesh.ring_rank, mesh.ulysses
+    parts = [torch.cat(list(queries[r * group : (r + 1) * group])) for r in ring]
+    bounds = [
+        mask_bounds(part, num_tokens=num_tokens, causal=causal, window=window, cu_seqlens=cu_seqlens) for part in parts
+    ]
+    if route == "direct":
+        needed = [[_seen_rows(bounds[i], keys[j]) if me in (i, j) else _NOTHING for j in ring] for i in ring]
+        steps = direct(needed, me)
+    else:
+        steps = relay([len(part) for part in keys], me)
+    visibility = [Visibility.from_bounds(*bounds[me], take(keys[step.source], step.rows)) for step in steps]
+    counts = tuple(len(q) for q in queries[me * group : (me + 1) * group])
+    return AttentionPlan(mesh, route, counts, tuple(steps), tuple(visibility), backend)
+
+
+def holdings(layout: Layout) -> tuple[list[Tensor], list[Tensor]]:
+    """The layout as plan_attention takes it: positions of each rank of the group, and of each ring rank."""
+    ranks = range(layout.ring * layout.ulysses)
+    return [layout.positions(rank) for rank in ranks], [layout.ring_part(r) for r in range(layout.ring)]
+
+
+_NOTHING = torch.empty(0, dtype=torch.int64)
+
+
+def _seen_rows(bounds: tuple[Tensor, Tensor], keys: Tensor) -> Tensor:
+    visibility = Visibility.from_bounds(*bounds, keys)
+    return (visibility.kend > visibility.kstart).nonzero().flatten()
+
+
+def take(x: Tensor, rows: Rows) -> Tensor:
+    """The given rows of x; None: all."""
+    return x if rows is None else x[rows]

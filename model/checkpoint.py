@@ -1,0 +1,104 @@
+"""Sharded checkpoints with torch.distributed.checkpoint, that load at any world size.
+
+A checkpoint folder holds config.json, the tokenizer, and step-N/ folders of shards. A folder under its final name
+is complete: it is written as step-N.part and renamed.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from ..comm.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Progress:
+    """step: optimizer steps done; consumed: samples taken from the data; skipped: bad ones among them."""
+
+    step: int = 0
+    consumed: int = 0
+    skipped: int = 0
+
+
+def latest(folder: Path) -> Path:
+    """The newest complete step-N of a checkpoint folder. Raises ValueError where there is none."""
+    steps = sorted(p for p in folder.glob("step-*") if not p.name.endswith(".part"))
+    if not (folder / "config.json").is_file() or not steps:
+        raise ValueError(f"{folder} is not a checkpoint: expected config.json and a step-N folder in it")
+    return steps[-1]
+
+
+def save(
+    folder: Path,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    progress: Progress,
+    mesh: Mesh,
+) -> Path:
+    """Write step-N of `folder`; every rank calls it. Without an optimizer it cannot be resumed, only loaded."""
+    final = folder / f"step-{progress.step:06d}"
+    part = final.with_name(final.name + ".part")
+    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    if optimizer is not None:
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer)
+        state["progress"] = {k: torch.tensor(v) for k, v in vars(progress).items()}
+        state["rng"] = {str(mesh.rank): torch.get_rng_state()}
+    _dcp_call(dcp.save, state, part, mesh)
+    mesh.barrier()
+    if mesh.rank == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+    mesh.barrier()
+    return final
+
+
+def load_model(folder: Path, model: nn.Module, mesh: Mesh | None = None) -> None:
+    """Fill the model's parameters from the newest checkpoint in `folder`, written at any world size."""
+    state = {"model": get_model_state_dict(model)}
+    _dcp_call(dcp.load, state, latest(folder), mesh)
+    set_model_state_dict(model, state["model"])
+
+
+def resume(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh) -> Progress:
+    """Continue from the newest checkpoint in `folder`: parameters, optimizer, data position, random state.
+
+    Raises ValueError where it was saved for loading only.
+    """
+    path = latest(folder)
+    keys = _metadata(path).state_dict_metadata
+    if "progress.step" not in keys:
+        raise ValueError(f"{path} has no optimizer state (it is a finished stage): start a new run from it")
+    state: dict[str, Any] = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "progress": {k: torch.tensor(v) for k, v in vars(Progress()).items()},
+    }
+    if f"rng.{mesh.rank}" in keys:  # another world size has other ranks
+        state["rng"] = {str(mesh.rank): torch.get_rng_state()}
+    _dcp_call(dcp.load, state, path, mesh)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    if "rng" in state:
+        torch.set_rng_state(state["rng"][str(mesh.rank)])
+    return Progress(**{k: int(v) for k, v in state["progress"].items()})
+
+
+def _metadata(path: Path) -> Metadata:
+    return dcp.FileSystemReader(path).read_metadata()
+
+
+def _dcp_call(call: Any, state: dict[str, Any], path: Path, mesh: Mesh | None) -> None:
+    call(state, checkpoint_id=path, no_dist=mesh is None or mesh.world_size == 1)

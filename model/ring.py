@@ -1,0 +1,146 @@
+"""Ring attention (arXiv 2310.01889): key blocks come by, queries and their float32 softmax state stay."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..comm.mesh import Mesh
+from ..comm.plan import Step
+from ..comm.transport import Handle
+from ..kernels.attention import block_backward, block_forward
+from ..kernels.visibility import Visibility
+from .attention_plan import AttentionPlan, take
+
+
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, scale: float) -> Tensor:
+    """Attention of my ring part's queries [Tq, H, D] over all ring parts' keys; k, v [Tk, Hkv, D] are mine."""
+    return _RingAttention.apply(q, k, v, plan, scale)
+
+
+class _RingAttention(torch.autograd.Function):
+    """Blocks of keys come by, one a step; queries, (out, lse) and dq stay. The state is carried in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+        state: tuple[Tensor, Tensor] | None = None
+
+        def fold(visibility: Visibility, step: Step, k: Tensor, v: Tensor) -> None:
+            nonlocal state
+            state = block_forward(q, k, v, visibility, scale=scale, state=state, backend=plan.backend)
+
+        _for_each_block(plan, k, v, fold)
+        assert state is not None
+        out, lse = state
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.plan, ctx.scale = plan, scale
+        return out.to(q.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        plan, dout, dq = ctx.plan, grads[0].contiguous(), None
+        home = (_DirectReturn if plan.route == "direct" else _RelayReturn)(plan)
+
+        def add(visibility: Visibility, step: Step, k: Tensor, v: Tensor) -> None:
+            nonlocal dq
+            dq, dk, dv = block_backward(
+                q, k, v, out, lse, dout, visibility, scale=ctx.scale, dq=dq, backend=plan.backend
+            )
+            home.deliver(step, dk, dv)
+
+        _for_each_block(plan, k, v, add)
+        assert dq is not None
+        dk, dv = home.collect()
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+def _for_each_block(
+    plan: AttentionPlan, k: Tensor, v: Tensor, work: Callable[[Visibility, Step, Tensor, Tensor], None]
+) -> None:
+    """Run `work` on the key block of each step, while the block of the next step is already on its way."""
+    held = k, v
+    for i, step in enumerate(plan.steps):
+        following = plan.steps[i + 1] if i + 1 < len(plan.steps) else None
+        if following is not None:
+            source = (k, v) if plan.route == "direct" else held
+            send = [take(x, following.send_rows) for x in source]
+            arriving = (
+                k.new_empty(following.num_rows, *k.shape[1:]),
+                v.new_empty(following.num_rows, *v.shape[1:]),
+            )
+            flight = _exchange(plan.mesh, following, send, arriving)
+        work(plan.visibility[i], step, *held)
+        if following is not None:
+            flight.wait()
+            held = arriving
+
+
+def _exchange(mesh: Mesh, step: Step, send: Sequence[Tensor], recv: Sequence[Tensor]) -> Handle:
+    return mesh.transport.exchange("ring", send_to=step.send_to, send=send, recv_from=step.recv_from, recv=recv)
+
+
+class _DirectReturn:
+    """Gradients of borrowed rows go straight back to their owner, who adds them in the order of steps."""
+
+    def __init__(self, plan: AttentionPlan) -> None:
+        self.mesh = plan.mesh
+        self.flight: tuple[Handle, Step, Tensor, Tensor] | None = None
+        self.dk, self.dv = None, None
+
+    def deliver(self, step: Step, dk: Tensor, dv: Tensor) -> None:
+        if step.source == self.mesh.ring_rank:
+            self.dk, self.dv = dk, dv
+            return
+        self._land()
+        back = [x.new_empty(step.num_send_rows, *x.shape[1:]) for x in (dk, dv)]
+        handle = self.mesh.transport.exchange(
+            "ring", send_to=step.recv_from, send=[dk, dv], recv_from=step.send_to, recv=back
+        )
+        self.flight = handle, step, back[0], back[1]
+
+    def _land(self) -> None:
+        if self.flight is None:
+            return
+        handle, step, dk, dv = self.flight
+        handle.wait()
+        for own, back in ((self.dk, dk), (self.dv, dv)):
+            assert own is not None
+            if isinstance(step.send_rows, Tensor):
+                own.index_add_(0, step.send_rows, back)
+            elif step.send_to is not None:
+                take(own, step.send_rows).add_(back)
+
+    def collect(self) -> tuple[Tensor, Tensor]:
+        self._land()
+        assert self.dk is not None and self.dv is not None
+        return self.dk, self.dv
+
+
+class _RelayReturn:
+    """Gradients travel with their shard, each rank adding its own, and arrive home after the last step."""
+
+    def __init__(self, plan: AttentionPlan) -> None:
+        self.mesh = plan.mesh
+        num_rows = [step.num_rows for step in plan.steps]
+        self.next_rows = iter([*num_rows[1:], num_rows[0]])  # after the last step one's own shard comes home
+        self.flight: tuple[Handle, Tensor, Tensor] | None = None
+
+    def deliver(self, step: Step, dk: Tensor, dv: Tensor) -> None:
+        if self.flight is not None:
+            handle, travelled_dk, travelled_dv = self.flight
+            handle.wait()
+            dk, dv = travelled_dk.add_(dk), travelled_dv.add_(dv)
+        num_rows, (r, ring) = next(self.next_rows), (self.mesh.ring_rank, self.mesh.ring)
+        arriving = [x.new_empty(num_rows, *x.shape[1:]) for x in (dk, dv)]
+        handle = self.mesh.transport.exchange(
+            "ring", send_to=(r + 1) % ring, send=[dk, dv], recv_from=(r - 1) % ring, recv=arriving
+        )
+        self.flight = handle, arriving[0], arriving[1]
+
+    def collect(self) -> tuple[Tensor, Tensor]:
+        assert self.flight is not None
+        handle, dk, dv = self.flight
+        handle.wait()
+        return dk, dv

@@ -1,0 +1,122 @@
+"""The vision tower: SigLIP's encoder up to the hidden state that is used, nothing after it.
+
+Parameter names are those of the published checkpoints (`vision_model.encoder.layers.0...`).
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..kernels.attention import attention
+from .config import VisionConfig
+
+
+class PatchEmbedding(nn.Conv2d):
+    """A convolution whose stride is its kernel, as one matrix product, which takes zero images too."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, 3, H, W] -> [N, patches, C], row by row; pixels beyond the last whole patch are dropped."""
+        height, width = self.kernel_size
+        patches = input.unfold(2, height, height).unfold(
+            3, width, width
+        )  # [N, 3, rows, columns, height, width]
+        patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.patch_embedding = PatchEmbedding(
+            3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.position_embedding = nn.Embedding(config.patch_grid**2, config.hidden_size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return (
+            self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))
+            + self.position_embedding.weight
+        )
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = (self.num_heads, x.shape[-1] // self.num_heads)
+        q, k, v = (proj(x).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attention(q, k, v).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = SelfAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_selected_layers))
+
+    def forward(self, x: Tensor, *, recompute: bool) -> Tensor:
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+        return x
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+
+    def forward(self, pixels: Tensor, *, recompute: bool) -> Tensor:
+        return self.encoder(self.embeddings(pixels), recompute=recompute)
+
+
+class VisionTower(nn.Module):
+    """Frames to patch features.
+
+    `recompute`: training keeps only the input of each layer and runs the layer again in the backward pass.
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute = False
+        self.vision_model = VisionTransformer(config)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """The hidden state `select_layer` of every patch, as transformers' SiglipVisionModel gives it.
+
+        pixels: [N, 3, image_size, image_size], normalised to -1 .. 1; N may be 0. Returns [N, patches,
+        hidden_size]. Raises ValueError for frames of another size.
+        """
+        size = self.config.image_size
+        if pixels.dim() != 4 or pixels.shape[1:] != (3, size, size):
+            raise ValueError(f"pixels must be [N, 3, {size}, {size}], got {list(pixels.shape)}")
+        return self.vision_model(pixels, recompute=self.recompute and self.training)

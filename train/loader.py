@@ -1,0 +1,151 @@
+"""The batches of each step, read ahead in a thread; all ranks agree on bad samples before they enter the step."""
+
+import logging
+from collections.abc import Set
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..comm.mesh import Mesh
+from ..model.batch import ShardedBatch, shard_documents
+from ..model.features import frame_share
+from .config import TrainConfig
+from .data import Sample, SampleError, order, read_pixels
+
+log = logging.getLogger(__name__)
+
+
+class Dataset(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+@dataclass(frozen=True, eq=False)
+class StepData:
+    """This rank's share of one optimizer step: a batch and its pixels for each sequence.
+
+    total_weight: of all tokens of the global batch, the loss's denominator; num_tokens, num_frames: in it.
+    max_tokens, max_frames: of its longest document. num_skipped: bad samples left out.
+    """
+
+    batches: list[tuple[ShardedBatch, Tensor]]
+    total_weight: float
+    num_tokens: int
+    num_frames: int
+    max_tokens: int
+    max_frames: int
+    num_skipped: int
+
+
+class _Draft:
+    """Samples of one step as this rank read them, and what was bad about the others."""
+
+    def __init__(self) -> None:
+        self.sequences: list[list[Sample]] = []
+        self.pixels: list[Tensor] = []
+        self.errors: dict[int, str] = {}  # index in the data: message
+
+
+class StepLoader:
+    """Deals the data out in order; a step is a pure function of how many samples were consumed before it."""
+
+    def __init__(
+        self, dataset: Dataset, config: TrainConfig, mesh: Mesh, *, tokens_per_frame: int, image_size: int
+    ) -> None:
+        self.dataset, self.config, self.mesh = dataset, config, mesh
+        self.tokens_per_frame, self.image_size = tokens_per_frame, image_size
+        self.samples_per_step = config.batch_size * mesh.data * config.accumulation
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self.ahead: tuple[int, Future[_Draft]] | None = None
+
+    def load(self, consumed: int) -> StepData:
+        """The step that begins after `consumed` samples. Collective.
+
+        Raises SampleError on every rank where a sample is bad and the config says stop.
+        """
+        draft = self._wait_for(consumed)
+        left_out: set[int] = set()
+        while errors := self._agree(draft.errors):
+            if self.config.on_bad_sample == "stop":
+                raise SampleError(next(iter(errors.values())))
+            for message in errors.values():
+                if self.mesh.rank == 0:
+                    log.warning("skipped: %s", message)
+            left_out |= errors.keys()
+            draft = self._read(consumed, left_out)
+        self.ahead = (
+            consumed + self.samples_per_step,
+            self.thread.submit(self._read, consumed + self.samples_per_step),
+        )
+        return self._shard(draft, len(left_out))
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self.thread.shutdown(cancel_futures=True)
+
+    def _wait_for(self, consumed: int) -> _Draft:
+        if self.ahead is not None and self.ahead[0] == consumed:
+            return self.ahead[1].result()
+        return self._read(consumed)
+
+    def _read(self, consumed: int, leave_out: Set[int] = frozenset()) -> _Draft:
+        """Read this group's samples and decode this rank's frames; nothing in here talks to other ranks."""
+        draft = _Draft()
+        indices = order(len(self.dataset), self.config.seed, consumed, self.samples_per_step)
+        size = self.config.batch_size
+        for i in range(self.config.accumulation):
+            first = (i * self.mesh.data + self.mesh.data_rank) * size
+            mine = [index for index in indices[first : first + size] if index not in leave_out]
+            samples = {index: s for index in mine if (s := self._sample(index, draft)) is not None}
+            draft.sequences.append([d for s in samples.values() for d in s.documents()])
+            draft.pixels.append(self._pixels(samples, draft))
+        return draft
+
+    def _sample(self, index: int, draft: _Draft) -> Sample | None:
+        try:
+            return self.dataset[index]
+        except SampleError as error:
+            draft.errors[index] = str(error)
+            return None
+
+    def _pixels(self, samples: dict[int, Sample], draft: _Draft) -> Tensor:
+        first, last = frame_share(sum(len(s.frame_starts) for s in samples.values()), self.mesh)
+        try:
+            return read_pixels(list(samples.values()), first, last, self.image_size)
+        except SampleError as error:
+            bad = next(index for index, sample in samples.items() if sample.source == error.source)
+            draft.errors[bad] = str(error)
+            return torch.empty(0)
+
+    def _agree(self, errors: dict[int, str]) -> dict[int, str]:
+        """Every rank's errors, the same on all ranks."""
+        gathered = self.mesh.gather_objects(errors)
+        return {index: e[index] for e in gathered for index in sorted(e)}
+
+    def _shard(self, draft: _Draft, num_skipped: int) -> StepData:
+        device, batches = self.mesh.device, []
+        for samples, pixels in zip(draft.sequences, draft.pixels, strict=True):
+            batch = shard_documents(
+                samples,
+                mesh=self.mesh,
+                tokens_per_frame=self.tokens_per_frame,
+                layout=self.config.layout,
+                route=self.config.route,
+            )
+            batches.append((batch, pixels.to(device)))
+        # each group's numbers stand on all of its ranks: count every group once
+        documents = [d for samples in draft.sequences for d in samples]
+        mine = [(b.total_weight, b.num_tokens, b.num_frames) for b, _ in batches]
+        sums = [sum(column) for column in zip(*mine, strict=True)]
+        longest = [
+            max((len(x) for x in xs), default=0)
+            for xs in ([d.input_ids for d in documents], [d.frame_starts for d in documents])
+        ]
+        everyone = self.mesh.gather_objects((sums, longest), "data")
+        weight, tokens, frames = (sum(column) for column in zip(*(s for s, _ in everyone), strict=True))
+        max_tokens, max_frames = (max(column) for column in zip(*(m for _, m in everyone), strict=True))
+        return StepData(batches, float(weight), int(tokens), int(frames), max_tokens, max_frames, num_skipped)
