@@ -14,7 +14,6 @@ import numpy as np
 
 from ..infer.haystack import Clip
 from ..infer.needle_images import (
-    ALL_NEEDLES,
     COLOUR_QUESTION,
     COLOURS,
     SHAPE_QUESTION,
@@ -31,7 +30,10 @@ WORDS = sorted({*COLOURS, *SHAPES, *TASK_TEXT.split()})  # one token each
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """A stage's clips. lengths: frames -> share of the clips, where 1 frame is an image; blank: share without needle."""
+    """A stage's clips.
+
+    lengths: frames -> share of the clips, where 1 frame is an image. blank: share without a needle.
+    """
 
     num_clips: int
     lengths: dict[int, float]

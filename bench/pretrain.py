@@ -100,10 +100,8 @@ def pretrain_text(
     return _optimise(step, list(model.parameters()), steps=steps, lr=lr, title="stage 0, text")
 
 
-def draw_pictures(
-    num_pictures: int, source: Source, split: Split, rng: np.random.Generator
-) -> tuple[Tensor, Tensor]:
-    """Pictures of any needle, and every fifth of none: pixels float32 [n, 3, size, size] in -1..1, words [n, num_words]."""
+def draw_pictures(num_pictures: int, source: Source, split: Split, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Pictures, every fifth without a needle: pixels float32 [n, 3, size, size] in -1..1, words [n, num_words]."""
     frames = source.frames(num_pictures, rng)
     words = []
     for index in range(num_pictures):
@@ -120,7 +118,9 @@ def picture_vectors(tower: VisionTower, pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def recognised(tower: VisionTower, captions: Captions, source: Source, *, num_pictures: int, seed: int) -> tuple[float, float]:
+def recognised(
+    tower: VisionTower, captions: Captions, source: Source, *, num_pictures: int, seed: int
+) -> tuple[float, float]:
     """Shares of test needles whose colour and whose shape the tower tells by the nearest one-word caption."""
     pixels, words = draw_pictures(num_pictures, source, "test", np.random.default_rng(seed))
     shown = words[:, -1] == 0

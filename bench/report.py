@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
+
+from ..infer.heatmap import INK, draw_grid
 
 STAGE_NAMES = {
     "0": "stand-in for pretrained weights",
@@ -21,10 +23,7 @@ STAGE_NAMES = {
     "4": "context extension",
     "5": "long fine-tuning",
 }
-COLOURS = LinearSegmentedColormap.from_list(
-    "needle", ["#7f3b08", "#d98b3a", "#f6efdc", "#69b8ad", "#0b6a62"]
-)
-INK, FAINT, LINE = "#22303c", "#7b8794", "#0b6a62"
+FAINT, LINE = "#7b8794", "#0b6a62"
 
 
 def write_report(report: dict[str, Any], out_dir: str | Path) -> None:
@@ -44,26 +43,27 @@ def draw_report(report: dict[str, Any]) -> Figure:
     """Both grids side by side; below them the controls, the unseen photographs, parity and the loss curves."""
     figure = Figure(figsize=(12, 9.2), facecolor="white", layout="constrained")
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)  # type: ignore[union-attr]
-    top, middle, bottom = figure.subfigures(3, 1, height_ratios=[4.2, 2.7, 2.3])
+    top, middle, bottom = np.ravel(figure.subfigures(3, 1, height_ratios=[4.2, 2.7, 2.3]))
     needle, stages = report["needle"], report["stages"]
 
     axes = top.subplots(1, 2)
     titles = ("short model, after stage 3", "long model, after stage 5")
     for ax, name, title, stage in zip(axes, ("short", "long"), titles, ("3", "5"), strict=True):
-        draw_grid(ax, needle[name], title=title, trained=stages.get(stage, {}).get("max_frames"))
+        _draw(ax, needle[name], title=title, trained=stages.get(stage, {}).get("max_frames"))
     bar = top.colorbar(axes[0].images[0], ax=axes, fraction=0.025, pad=0.01, ticks=[0, 0.25, 0.5, 0.75, 1])
     bar.ax.set_yticklabels(["0 %", "25", "50", "75", "100"])
     bar.ax.axhline(needle["long"]["chance"], color=INK, linewidth=1.5)
-    bar.ax.set_title("chance: –", fontsize=8, color=INK)
+    bar.ax.set_title("line: chance", fontsize=8, color=INK)
     bar.outline.set_visible(False)  # type: ignore[operator]
     top.suptitle("Needle in a video: right answers, in %", fontsize=14, color=INK, fontweight="bold")
 
     axes = middle.subplots(1, 4, gridspec_kw={"width_ratios": [1, 1, 1, 0.9]})
     for ax, name in zip(axes, ("short", "long"), strict=False):
-        control = {**needle[name], "accuracy": needle[name]["control"]}
-        draw_grid(ax, control, title=f"control, {name} model:\nthe needle's frame left out", small=True)
+        title = f"control, {name} model:\nthe needle's frame left out"
+        _draw(ax, needle[name], "control", title=title, small=True)
     if "unseen" in needle:
-        draw_grid(axes[2], needle["unseen"], title="long model, photographs\nnever seen in training", small=True)
+        title = "long model, photographs\nnever seen in training"
+        _draw(axes[2], needle["unseen"], title=title, small=True)
     else:
         axes[2].axis("off")
     _draw_parity(axes[3], report["parity"])
@@ -74,34 +74,8 @@ def draw_report(report: dict[str, Any]) -> Figure:
     return figure
 
 
-def draw_grid(
-    ax: Axes, grid: dict[str, Any], *, title: str, trained: int | None = None, small: bool = False
-) -> None:
-    """One heatmap, frames across, depth down, every cell's value in it.
-
-    grid: frames, depths and accuracy, [frames][depths] in 0..1. trained: the longest video of the training, marked.
-    """
-    frames, accuracy = grid["frames"], np.array(grid["accuracy"], dtype=float).T
-    ax.imshow(accuracy, cmap=COLOURS, vmin=0, vmax=1, aspect="auto")
-    for (row, column), value in np.ndenumerate(accuracy):
-        ink = "white" if value < 0.25 or value > 0.8 else INK
-        text = f"{100 * value:.0f}" if np.isfinite(value) else ""
-        ax.text(column, row, text, ha="center", va="center", color=ink, fontsize=8 if small else 11)
-    ax.set_xticks(range(len(frames)), [str(count) for count in frames])
-    ax.set_yticks(range(len(grid["depths"])), [f"{depth:g}" for depth in grid["depths"]])
-    ax.set_xticks(np.arange(len(frames) + 1) - 0.5, minor=True)
-    ax.set_yticks(np.arange(len(grid["depths"]) + 1) - 0.5, minor=True)
-    ax.grid(which="minor", color="white", linewidth=1.5)
-    ax.tick_params(which="both", length=0, labelsize=8 if small else 10, labelcolor=INK)
-    ax.spines[:].set_visible(False)
-    mean = f"mean {100 * np.nanmean(accuracy):.1f} %"
-    ax.set_title(f"{title}\n{mean}" if small else f"{title}: {mean}", fontsize=9 if small else 11, color=INK)
-    ax.set_xlabel("frames", fontsize=8 if small else 10, color=INK)
-    ax.set_ylabel("depth of the needle", fontsize=8 if small else 10, color=INK)
-    edge = sum(count <= (trained or 0) for count in frames) - 0.5
-    if trained and edge < len(frames) - 1:
-        ax.axvline(edge, color=INK, linewidth=2, linestyle=(0, (2, 1.5)))
-        ax.set_xlabel(f"frames (right of the dashes: longer than any in training, {trained})", fontsize=10)
+def _draw(ax: Axes, grid: dict[str, Any], key: str = "accuracy", **style: Any) -> None:
+    draw_grid(ax, grid["frames"], grid["depths"], grid[key], **style)
 
 
 def loss_curves(stages: dict[str, Any]) -> Iterator[tuple[str, Sequence[float]]]:
@@ -133,7 +107,7 @@ def _draw_parity(ax: Axes, parity: dict[str, dict[str, float]]) -> None:
     rows = _parity_rows(parity)
     ax.axis("off")
     ax.set_title("the same batch on\n1 rank and on more", fontsize=9, color=INK)
-    table = ax.table(rows[1:], colLabels=rows[0], bbox=(-0.02, 0.3, 1.04, 0.62), cellLoc="center")
+    table = ax.table(rows[1:], colLabels=rows[0], bbox=Bbox.from_bounds(-0.02, 0.3, 1.04, 0.62), cellLoc="center")
     table.auto_set_font_size(False)
     table.set_fontsize(8)
     for cell in table.get_celld().values():
@@ -180,13 +154,13 @@ $versions
 
 NOTES = """<ul>
 <li>A needle is a coloured shape (8 colours, 6 shapes) in a single frame of an H.264 video, at
-int(depth × frames). Two questions are put, each on its own: <q>what colour is the shape ?</q> and <q>which shape
+int(depth x frames). Two questions are put, each on its own: <q>what colour is the shape ?</q> and <q>which shape
 is it ?</q> A hit is the right answer, generated greedily, and the end token after it. Guessing reaches $chance %.</li>
 <li>All evaluation videos and all renderings of their needles (radius, offset, rotation) are new. Half of the needles
 are among 8 combinations of colour and shape that no image or video of stages 1 to 5 shows; stage 0, which stands for
 pretraining, and the text documents know them.</li>
-<li>Training and evaluation film the same photographs, on other paths of the camera. The grid of unseen photographs
-uses ones that no training picture shows.</li>
+<li>Training and evaluation film the same photographs, on other paths of the camera (with --video: they take frames
+of the same video). The grid of unseen photographs uses ones that no training picture shows.</li>
 <li>In the control the needle's frame is left out, the questions stay: what is right there is luck.</li>
 <li>The model is tiny and made here: stage 0 stands for the pretrained vision tower and language model that LongVILA
 starts from. Stages 1 to 5 are LongVILA's, each loading the checkpoint of the one before.</li>
@@ -196,28 +170,36 @@ starts from. Stages 1 to 5 are LongVILA's, each loading the checkpoint of the on
 
 def _page(report: dict[str, Any], picture: bytes) -> str:
     needle = report["needle"]
-    mean = {name: f"{100 * np.nanmean(needle[name]['accuracy']):.1f} %" for name in ("short", "long")}
-    grids = [_grid_table(name, needle[name], key) for name in needle for key in ("accuracy", "control") if key in needle[name]]
-    stages = [["stage", "", "steps", "seconds", "longest video, frames", "longest batch, tokens", "loss: first", "last"]]
-    for number, stage in sorted(report["stages"].items()):
-        named = stage["losses"] if isinstance(stage["losses"], dict) else {STAGE_NAMES[number]: stage["losses"]}
-        for name, losses in named.items():
-            shared = [len(losses), f"{stage['seconds']:.1f}", stage["max_frames"], stage["max_tokens"]]
-            stages.append([number, name, *shared, f"{_mean(losses[:5]):.3f}", f"{_mean(losses[-5:]):.3f}"])
+    mean = {name: f"{100 * np.mean(needle[name]['accuracy']):.1f} %" for name in ("short", "long")}
+    grids = [
+        _grid_table(name, needle[name], key)
+        for name in needle
+        for key in ("accuracy", "control")
+        if needle[name].get(key)
+    ]
     return PAGE.substitute(
         summary=f"Right answers: short model {mean['short']}, long model {mean['long']}. The run took "
         f"{report['seconds']:.0f} seconds; all ranks together used at most {report['peak_rss_gib']:.1f} GiB.",
         picture=base64.b64encode(picture).decode(),
         notes=Template(NOTES).substitute(chance=f"{100 * needle['long']['chance']:.1f}"),
         grids="\n".join(grids),
-        training=_table(stages, "losses are means of five steps"),
+        training=_table(_stage_rows(report["stages"]), "losses are means of five steps"),
         parity=_table(_parity_rows(report["parity"]), "the same batch"),
         versions=_table([["", "version"], *report["versions"].items()], ""),
     )
 
 
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if len(values) else float("nan")
+def _stage_rows(stages: dict[str, Any]) -> list[list[object]]:
+    rows: list[list[object]] = [
+        ["stage", "", "steps", "seconds", "longest video, frames", "longest sample, tokens", "loss: first", "last"]
+    ]
+    for number, stage in sorted(stages.items()):
+        losses = stage["losses"]
+        parts = losses if isinstance(losses, dict) else {STAGE_NAMES[number]: losses}
+        for name, values in parts.items():
+            facts = [len(values), f"{stage['seconds']:.1f}", stage["max_frames"], stage["max_tokens"]]
+            rows.append([number, name, *facts, *(f"{np.mean(end):.3f}" for end in (values[:5], values[-5:]))])
+    return rows
 
 
 def _grid_table(name: str, grid: dict[str, Any], key: str) -> str:
@@ -230,10 +212,9 @@ def _grid_table(name: str, grid: dict[str, Any], key: str) -> str:
 
 
 def _table(rows: Sequence[Sequence[object]], caption: str) -> str:
-    head, *body = ["".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in row) for tag, row in _tagged(rows)]
-    lines = "\n".join(f"<tr>{cells}</tr>" for cells in (head, *body))
-    return f"<table><caption>{escape(caption)}</caption>\n{lines}\n</table>"
-
-
-def _tagged(rows: Sequence[Sequence[object]]) -> Iterator[tuple[str, Sequence[object]]]:
-    return (("td" if index else "th", row) for index, row in enumerate(rows))
+    """An HTML table, whose first row is its head."""
+    lines = []
+    for index, row in enumerate(rows):
+        tag = "td" if index else "th"
+        lines.append("<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in row) + "</tr>")
+    return f"<table><caption>{escape(caption)}</caption>\n" + "\n".join(lines) + "\n</table>"

@@ -14,18 +14,16 @@ from ..infer.needle_images import ALL_NEEDLES, Needle
 from ..model.chat import Encoded, encode
 from .demo_data import CAPTION_QUESTION
 
-TEXT_WEIGHT = 0.1
+TEXT_WEIGHT = 0.05
 SHARES = (0.4, 0.4, 0.2)  # of the questions for colour, shape and caption
 
 
 class TextNeedles:
-    """Draws documents: the text has weight 0.1 in the loss, the sentence none, the answer and its end token 1."""
+    """Draws documents: the text has weight 0.05 in the loss, the sentence none, the answer and its end token 1."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
         self.text = _ids(tokenizer, "\n".join(texts))
-        self.sentences = [
-            _ids(tokenizer, f" a {needle.colour} {needle.shape} .") for needle in ALL_NEEDLES
-        ]
+        self.sentences = [_ids(tokenizer, f" a {needle.colour} {needle.shape} .") for needle in ALL_NEEDLES]
         self.forms = [_forms(tokenizer, needle) for needle in ALL_NEEDLES]
 
     def document(self, length: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

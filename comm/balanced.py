@@ -1,11 +1,11 @@
 """Deal the blocks of packed documents to ranks: equal tokens, near-equal causal area, few key rows to send.
 
-A rank needs all rows of a document up to its own last token there: its height. What is sent is the sum of heights over
-ranks and documents, less the tokens themselves, so a document should meet few ranks, and at low heights.
+A rank needs all rows of a document up to its own last token there: its height. What is sent is the sum of heights
+over ranks and documents, less the tokens themselves: so few ranks a document, and low heights.
 1. Ranks take their shares one after another. Of each document a run of blocks is left, and a rank takes from its
    ends only: light blocks from the bottom; heavy ones from the top, which lowers it for all that come later.
-2. A rank takes whole runs, the longest first, while shorter ones can still fill its share. What is missing comes from
-   the two ends of a line of runs: for a line of one document that is a zigzag. The area says how much from each end.
+2. A rank takes whole runs, the densest first, while others can still fill its share. What is missing comes from
+   the two ends of a line of runs: for a line of one document that is a zigzag. The area says how much from each.
 3. The cheapest of several such shares counts: the heights of this rank, and of what is left, each as often as its
    area needs ranks.
 """
@@ -120,9 +120,7 @@ def _shares(rest: Rest, share: Share) -> Iterator[Rest]:
     for runs in [whole, whole[:0]] if whole.size else [whole]:
         left = rest.without(runs, np.zeros_like(runs), rest.count[runs])
         area = rest.area[runs].sum()
-        missing = Share(
-            share.count - int(rest.count[runs].sum()), share.low - area, share.high - area, share.mean
-        )
+        missing = Share(share.count - int(rest.count[runs].sum()), share.low - area, share.high - area, share.mean)
         if missing.count == 0:
             yield left
             continue
@@ -142,10 +140,7 @@ def _whole_runs(rest: Rest, share: Share) -> np.ndarray:
         if open_count < 0:
             continue
         lightest = area_before[-1] - np.interp(count_before[-1] - open_count, count_before, area_before)
-        densest = (
-            np.interp(count_before[index + 1] + open_count, count_before, area_before)
-            - area_before[index + 1]
-        )
+        densest = np.interp(count_before[index + 1] + open_count, count_before, area_before) - area_before[index + 1]
         if area + areas[index] + lightest <= share.high and area + areas[index] + densest >= share.low:
             chosen.append(run)
             count, area = open_count, area + areas[index]

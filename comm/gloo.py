@@ -44,9 +44,7 @@ class GlooTransport:
         self.tags = {axis: tag for tag, axis in enumerate(self.axes)}
         self.bytes_sent = dict.fromkeys(self.axes, 0)
 
-    def all_to_all(
-        self, axis: str, send: Sequence[Sequence[Tensor]], recv: Sequence[Sequence[Tensor]]
-    ) -> None:
+    def all_to_all(self, axis: str, send: Sequence[Sequence[Tensor]], recv: Sequence[Sequence[Tensor]]) -> None:
         num_peers = len(self.axes[axis])
         assert len(send) == len(recv) == num_peers, f"{len(send)} and {len(recv)} lists, {num_peers} peers"
         me = self.axes[axis].index(self.rank)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -31,24 +32,22 @@ class RankError(RuntimeError):
 
 
 def launch(body: Callable[..., Any], *args: Any, world_size: int, timeout: timedelta = TIMEOUT) -> Any:
-    """Run body(*args) on `world_size` ranks in one process group, and return what rank 0 (joined: this rank) returns.
+    """Run body(*args) on `world_size` ranks in one group; returns what rank 0 (joined: this rank) returns.
 
-    Under torchrun this process is one of the ranks; a world of one runs here; else the ranks are processes on this host,
-    for which `body` must stand at the top level of a module and `args` and the result be picklable. `timeout` bounds
-    every wait for another rank. Raises ValueError where torchrun's world has another size, the ValueError of the first
-    rank that failed with one, and RankError for whatever else ends a rank.
+    Under torchrun this process is one of the ranks; a world of one runs here; else the ranks are processes on
+    this host, for which `body` must stand at the top level of a module, and `args` and the result be picklable.
+    `timeout` bounds every wait for another rank. Raises ValueError where torchrun's world has another size; and for
+    the first rank to fail, ValueError where it raised that or an OSError (a user's mistake), else RankError.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         if int(os.environ["WORLD_SIZE"]) != world_size:
-            raise ValueError(
-                f"torchrun started {os.environ['WORLD_SIZE']} ranks, but the grid has {world_size}"
-            )
+            raise ValueError(f"torchrun started {os.environ['WORLD_SIZE']} ranks, but the grid has {world_size}")
         return _join(body, args, timeout)
     if world_size < 1:
         raise ValueError(f"world_size {world_size}: no ranks to run on")
     if world_size > 1:
         return _start(body, args, world_size, timeout)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
         return body(*args)
     finally:
@@ -58,9 +57,9 @@ def launch(body: Callable[..., Any], *args: Any, world_size: int, timeout: timed
 def share_cores(local_world_size: int) -> None:
     """Fit this CPU rank among the ranks of this host; before the process group starts its threads.
 
-    With two ranks on a core, gloo's event thread may preempt its own main thread inside a lock and spin for a whole time
-    slice: a small exchange took 2.7 ms, an all-reduce 4.5 ms. SCHED_BATCH, under which nothing preempts on waking, made
-    that 0.5 and 1.5 ms.
+    Where ranks share a core, gloo's event thread can preempt its own main thread inside a lock, and then spins
+    for a time slice: 4 ranks on 2 cores took 2.5 ms for a small exchange and 4.7 ms for an all-reduce. Under
+    SCHED_BATCH no thread preempts another by waking up: 0.5 and 1.5 ms.
     """
     num_cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(max(1, num_cores // local_world_size))
@@ -113,7 +112,7 @@ def _rank_main(folder: str, body: Callable[..., Any], args: tuple[Any, ...], tim
         return _join(body, args, timeout)
     except Exception as error:
         report = {
-            "user": isinstance(error, ValueError),
+            "user": isinstance(error, ValueError | OSError),
             "message": str(error),
             "traceback": traceback.format_exc(),
         }

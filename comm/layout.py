@@ -20,7 +20,7 @@ BLOCK = 128  # the kernels' largest tile: cut at its multiples, no tile straddle
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Who holds what. `parts[ring_rank]`: int64 [n], increasing positions; together they are 0..num_tokens-1."""
+    """Who holds what. parts[ring_rank]: int64 [n], increasing; together they are 0..num_tokens-1."""
 
     num_tokens: int
     ring: int
@@ -32,7 +32,7 @@ class Layout:
         return self.parts[ring_rank]
 
     def positions(self, sp_rank: int) -> Tensor:
-        """int64 [n]: the positions that a rank holds, increasing; sp_rank = ring_rank * ulysses + ulysses_rank."""
+        """int64 [n]: the positions of sp_rank = ring_rank * ulysses + ulysses_rank, increasing."""
         ring_rank, ulysses_rank = divmod(sp_rank, self.ulysses)
         part = self.parts[ring_rank]
         start, end = (part.numel() * run // self.ulysses for run in (ulysses_rank, ulysses_rank + 1))
@@ -52,13 +52,13 @@ class Layout:
         return owner
 
     def shard(self, x: Tensor, sp_rank: int, dim: int = 0) -> Tensor:
-        """The part of a whole tensor, num_tokens long in `dim`, that a rank holds. ValueError where it is not that long."""
+        """The part of a whole tensor that a rank holds. ValueError where `dim` does not hold num_tokens."""
         if x.shape[dim] != self.num_tokens:
             raise ValueError(f"dim {dim} holds {x.shape[dim]} tokens, the layout {self.num_tokens}")
         return x.index_select(dim, self.positions(sp_rank).to(x.device))
 
     def unshard(self, parts: Sequence[Tensor], dim: int = 0) -> Tensor:
-        """The whole tensor from every rank's part, in sp_rank order. ValueError where a part has another length."""
+        """The whole tensor from all parts, in sp_rank order. ValueError where a part has another length."""
         lengths = tuple(part.shape[dim] for part in parts)
         if lengths != self.counts:
             raise ValueError(f"parts of {lengths} tokens in dim {dim}, the layout has {self.counts}")
@@ -67,7 +67,7 @@ class Layout:
 
 
 def block_size(num_tokens: int, ring: int) -> int:
-    """Tokens in a block: BLOCK, or the power of two below it that leaves every ring rank at least eight blocks."""
+    """Tokens in a block: BLOCK, or a power of two below it that leaves each ring rank eight blocks."""
     block = BLOCK
     while block > 1 and num_tokens < 8 * ring * block:
         block //= 2
@@ -85,12 +85,8 @@ def zigzag(num_tokens: int, *, ring: int = 1, ulysses: int = 1) -> Layout:
     """Each ring rank holds a run from the front and its mirror image from the back: equal causal area."""
     num_blocks = _num_blocks(num_tokens, ring, ulysses)
     ranks = np.arange(ring)
-    sizes = (
-        num_blocks + ring - 1 - ranks
-    ) // ring  # rank 0 holds the ragged last block, and the first spare one
-    front = (
-        sizes + ranks % 2
-    ) // 2  # odd sizes: the longer half alternates, or the area would lean to one side
+    sizes = (num_blocks + ring - 1 - ranks) // ring  # rank 0 holds the ragged last block, and the first spare one
+    front = (sizes + ranks % 2) // 2  # odd sizes: the longer half alternates, or the area would lean to one side
     owner = np.repeat(np.append(ranks, ranks[::-1]), np.append(front, (sizes - front)[::-1]))
     return _from_blocks(owner, num_tokens, ring, ulysses)
 

@@ -1,7 +1,7 @@
 """The grid of ranks: data x ring x ulysses, ulysses innermost.
 
-rank = (data_rank * ring + ring_rank) * ulysses + ulysses_rank. The axis "sp" is ring and ulysses together, "world" is
-every rank. A mesh holds plain ints and a transport, no process group of its own: two meshes live side by side in one process.
+rank = (data_rank * ring + ring_rank) * ulysses + ulysses_rank. The axis "sp" is ring and ulysses together,
+"world" is every rank. A mesh holds ints and a transport, no process group: several live side by side.
 """
 
 import pickle
@@ -55,9 +55,8 @@ class Mesh:
         self.world_size = dist.get_world_size() if initialised else 1
         self.rank = dist.get_rank() if initialised else 0
         if min(data, ring, ulysses) < 1 or data * ring * ulysses != self.world_size:
-            raise ValueError(
-                f"data {data} x ring {ring} x ulysses {ulysses} = {data * ring * ulysses} ranks, but the world has {self.world_size}"
-            )
+            grid = f"data {data} x ring {ring} x ulysses {ulysses} = {data * ring * ulysses} ranks"
+            raise ValueError(f"{grid}, but the world has {self.world_size}")
         self.data, self.ring, self.ulysses = data, ring, ulysses
         self.sp_size = ring * ulysses
         self.data_rank, self.sp_rank = divmod(self.rank, self.sp_size)

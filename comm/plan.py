@@ -1,9 +1,9 @@
 """Plans of the ring: which key rows each step works on, and what is sent and received for it. Pure functions.
 
-Both ends of a transfer derive its size from the same tables, so nothing about it has to be asked. Step s of every rank is
-the same s: what rank i sends in it is what its peer receives in it.
+Both ends of a transfer derive its size from the same tables, so that nothing has to be asked; what a rank sends
+in its step s is what its peer receives in its own step s.
 - direct: rows go from their owner to each rank that sees them, only those, and their gradients straight back.
-- relay: whole shards rotate to the right neighbour; their gradients travel along and arrive home after the last step.
+- relay: whole shards rotate to the right; their gradients travel along and arrive home after the last step.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class Step:
     num_rows: int
     recv_from: int | None
     send_to: int | None
-    send_rows: Rows  # which rows of this rank's shard (direct), or None: everything held since the step before (relay)
+    send_rows: Rows  # which of this rank's rows (direct), or None: all that the step before worked on (relay)
     num_send_rows: int
 
 
@@ -40,7 +40,7 @@ def compact(rows: Tensor) -> Tensor | slice:
 
 
 def direct(needed: Sequence[Sequence[Tensor]], rank: int) -> list[Step]:
-    """Steps of `rank`, the local one first; needed[i][j]: increasing int64 rows of j's shard that queries of i see.
+    """Steps of `rank`, the local one first; needed[i][j]: increasing int64 rows of j's shard that i's queries see.
 
     In step s rank i sends to i + s and receives from i - s. A side without rows has no peer: nothing travels.
     """

@@ -1,7 +1,7 @@
 """What a transport does: move lists of tensors between the ranks along one axis of the mesh.
 
-Both sides know every shape beforehand. The tensors for one peer travel as one message, and a message without bytes is not
-sent at all, on either side.
+Both sides know every shape beforehand. The tensors for one peer travel as one message, and a message without
+bytes is not sent at all, on either side.
 """
 
 from collections.abc import Sequence
@@ -26,9 +26,7 @@ class Transport(Protocol):
 
     bytes_sent: dict[str, int]
 
-    def all_to_all(
-        self, axis: str, send: Sequence[Sequence[Tensor]], recv: Sequence[Sequence[Tensor]]
-    ) -> None:
+    def all_to_all(self, axis: str, send: Sequence[Sequence[Tensor]], recv: Sequence[Sequence[Tensor]]) -> None:
         """Send the tensors send[i] to peer i and fill the contiguous buffers recv[i] with what peer i sends.
 
         Peer i's send[me] and my recv[i] agree in order, dtypes and sizes. The own index is a copy.

@@ -87,8 +87,8 @@ class KeyValueCache:
         num_heads = mine.stop - mine.start if self.expand is None else len(self.expand)
         shape = (config.num_hidden_layers, num_local_slots, num_heads, config.head_dim)
         dtype = model.llm.model.embed_tokens.weight.dtype
-        self.keys = torch.empty(shape, dtype=dtype, device=mesh.device)
-        self.values = torch.empty_like(self.keys)
+        self.keys = torch.zeros(shape, dtype=dtype, device=mesh.device)  # masked tiles read slots that are not filled
+        self.values = torch.zeros_like(self.keys)
         self.parts = [torch.empty(0, dtype=torch.int64) for _ in range(mesh.ring)]
         self.ring_rank = mesh.ring_rank
 

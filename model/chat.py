@@ -47,9 +47,7 @@ class Encoded:
     frame_starts: Tensor
 
 
-def build_tokenizer(
-    texts: Iterable[str], extra_words: Sequence[str] = (), vocab_size: int = 1024
-) -> Qwen2Tokenizer:
+def build_tokenizer(texts: Iterable[str], extra_words: Sequence[str] = (), vocab_size: int = 1024) -> Qwen2Tokenizer:
     """Train a Qwen2 tokenizer on texts, with the media tokens, the chat template and at most vocab_size tokens.
 
     extra_words: words that are one token each wherever they stand alone.
@@ -193,6 +191,4 @@ def _check_placeholders(placeholders: Sequence[Kind], media: Sequence[Kind]) -> 
         raise ValueError(f"{len(placeholders)} placeholders for {len(media)} media")
     for number, (placeholder, kind) in enumerate(zip(placeholders, media, strict=True), 1):
         if placeholder != kind:
-            raise ValueError(
-                f"placeholder {number} is <{placeholder}>, the medium of that number is of kind {kind}"
-            )
+            raise ValueError(f"placeholder {number} is <{placeholder}>, the medium of that number is of kind {kind}")

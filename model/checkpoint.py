@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from ..comm.mesh import Mesh
 
@@ -32,9 +33,14 @@ class Progress:
     skipped: int = 0
 
 
+def complete_steps(folder: Path) -> list[Path]:
+    """The complete step-N folders, oldest first; none where the folder is not there."""
+    return sorted(p for p in folder.glob("step-*") if p.suffix != ".part")
+
+
 def latest(folder: Path) -> Path:
     """The newest complete step-N of a checkpoint folder. Raises ValueError where there is none."""
-    steps = sorted(p for p in folder.glob("step-*") if not p.name.endswith(".part"))
+    steps = complete_steps(folder)
     if not (folder / "config.json").is_file() or not steps:
         raise ValueError(f"{folder} is not a checkpoint: expected config.json and a step-N folder in it")
     return steps[-1]
@@ -51,12 +57,15 @@ def save(
     """Write step-N of `folder`; every rank calls it. Without an optimizer it cannot be resumed, only loaded."""
     final = folder / f"step-{progress.step:06d}"
     part = final.with_name(final.name + ".part")
+    if mesh.rank == 0:
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed while it saved
+    mesh.barrier()
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
     if optimizer is not None:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer)
         state["progress"] = {k: torch.tensor(v) for k, v in vars(progress).items()}
         state["rng"] = {str(mesh.rank): torch.get_rng_state()}
-    _dcp_call(dcp.save, state, part, mesh)
+    _dcp_call(dcp_save, state, part, mesh)
     mesh.barrier()
     if mesh.rank == 0:
         shutil.rmtree(final, ignore_errors=True)
@@ -66,9 +75,16 @@ def save(
 
 
 def load_model(folder: Path, model: nn.Module, mesh: Mesh | None = None) -> None:
-    """Fill the model's parameters from the newest checkpoint in `folder`, written at any world size."""
+    """Fill the model's parameters from the newest checkpoint in `folder`, written at any world size.
+
+    Raises ValueError where the checkpoint is of a model with other parameters, as in the middle of low-rank training.
+    """
+    path = latest(folder)
     state = {"model": get_model_state_dict(model)}
-    _dcp_call(dcp.load, state, latest(folder), mesh)
+    written = {key for key in FileSystemReader(path).read_metadata().state_dict_metadata if key.startswith("model.")}
+    if others := sorted(written ^ {f"model.{name}" for name in state["model"]}):
+        raise ValueError(f"{path} is of another model, or of an unfinished low-rank stage: {others[0]} does not match")
+    _dcp_call(load, state, path, mesh)
     set_model_state_dict(model, state["model"])
 
 
@@ -78,7 +94,7 @@ def resume(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, 
     Raises ValueError where it was saved for loading only.
     """
     path = latest(folder)
-    keys = _metadata(path).state_dict_metadata
+    keys = FileSystemReader(path).read_metadata().state_dict_metadata
     if "progress.step" not in keys:
         raise ValueError(f"{path} has no optimizer state (it is a finished stage): start a new run from it")
     state: dict[str, Any] = {
@@ -88,16 +104,12 @@ def resume(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, 
     }
     if f"rng.{mesh.rank}" in keys:  # another world size has other ranks
         state["rng"] = {str(mesh.rank): torch.get_rng_state()}
-    _dcp_call(dcp.load, state, path, mesh)
+    _dcp_call(load, state, path, mesh)
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     if "rng" in state:
         torch.set_rng_state(state["rng"][str(mesh.rank)])
     return Progress(**{k: int(v) for k, v in state["progress"].items()})
-
-
-def _metadata(path: Path) -> Metadata:
-    return dcp.FileSystemReader(path).read_metadata()
 
 
 def _dcp_call(call: Any, state: dict[str, Any], path: Path, mesh: Mesh | None) -> None:

@@ -33,7 +33,7 @@ class FrameRoute:
 
 def frame_share(num_frames: int, mesh: Mesh) -> tuple[int, int]:
     """This rank encodes frames [first, last) of the num_frames of its group."""
-    return tuple(rank * num_frames // mesh.sp_size for rank in (mesh.sp_rank, mesh.sp_rank + 1))
+    return mesh.sp_rank * num_frames // mesh.sp_size, (mesh.sp_rank + 1) * num_frames // mesh.sp_size
 
 
 def route_frames(frame_starts: Tensor, tokens_per_frame: int, layout: Layout, mesh: Mesh) -> FrameRoute:

@@ -35,7 +35,5 @@ def _fill(weight: Tensor, std: float, generator: torch.Generator) -> None:
     values = torch.empty(weight.shape, dtype=torch.float32).normal_(0, std, generator=generator)
     if isinstance(weight, DTensor):
         # Each rank drew the same values: src_data_rank None cuts them without a scatter.
-        values = distribute_tensor(
-            values.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None
-        )
+        values = distribute_tensor(values.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
     weight.copy_(values)

@@ -49,9 +49,7 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(num_q, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         out = attend(self.index, apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v)
         return self.o_proj(out.flatten(1))
 

@@ -1,12 +1,11 @@
 """Ring attention (arXiv 2310.01889): key blocks come by, queries and their float32 softmax state stay."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..comm.mesh import Mesh
 from ..comm.plan import Step
 from ..comm.transport import Handle
 from ..kernels.attention import block_backward, block_forward
@@ -24,13 +23,9 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
-        state: tuple[Tensor, Tensor] | None = None
-
-        def fold(visibility: Visibility, step: Step, k: Tensor, v: Tensor) -> None:
-            nonlocal state
-            state = block_forward(q, k, v, visibility, scale=scale, state=state, backend=plan.backend)
-
-        _for_each_block(plan, k, v, fold)
+        state = None
+        for _, visibility, k_block, v_block in _blocks(plan, k, v):
+            state = block_forward(q, k_block, v_block, visibility, scale=scale, state=state, backend=plan.backend)
         assert state is not None
         out, lse = state
         ctx.save_for_backward(q, k, v, out, lse)
@@ -42,43 +37,31 @@ class _RingAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         plan, dout, dq = ctx.plan, grads[0].contiguous(), None
         home = (_DirectReturn if plan.route == "direct" else _RelayReturn)(plan)
-
-        def add(visibility: Visibility, step: Step, k: Tensor, v: Tensor) -> None:
-            nonlocal dq
+        for step, visibility, k_block, v_block in _blocks(plan, k, v):
             dq, dk, dv = block_backward(
-                q, k, v, out, lse, dout, visibility, scale=ctx.scale, dq=dq, backend=plan.backend
+                q, k_block, v_block, out, lse, dout, visibility, scale=ctx.scale, dq=dq, backend=plan.backend
             )
             home.deliver(step, dk, dv)
-
-        _for_each_block(plan, k, v, add)
         assert dq is not None
         dk, dv = home.collect()
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
-def _for_each_block(
-    plan: AttentionPlan, k: Tensor, v: Tensor, work: Callable[[Visibility, Step, Tensor, Tensor], None]
-) -> None:
-    """Run `work` on the key block of each step, while the block of the next step is already on its way."""
-    held = k, v
-    for i, step in enumerate(plan.steps):
-        following = plan.steps[i + 1] if i + 1 < len(plan.steps) else None
-        if following is not None:
-            source = (k, v) if plan.route == "direct" else held
-            send = [take(x, following.send_rows) for x in source]
-            arriving = (
-                k.new_empty(following.num_rows, *k.shape[1:]),
-                v.new_empty(following.num_rows, *v.shape[1:]),
-            )
-            flight = _exchange(plan.mesh, following, send, arriving)
-        work(plan.visibility[i], step, *held)
-        if following is not None:
-            flight.wait()
-            held = arriving
-
-
-def _exchange(mesh: Mesh, step: Step, send: Sequence[Tensor], recv: Sequence[Tensor]) -> Handle:
-    return mesh.transport.exchange("ring", send_to=step.send_to, send=send, recv_from=step.recv_from, recv=recv)
+def _blocks(plan: AttentionPlan, k: Tensor, v: Tensor) -> Iterator[tuple[Step, Visibility, Tensor, Tensor]]:
+    """The key block of each step. While the caller works on one, the block of the next step is on its way."""
+    own = held = k, v
+    for step, following, visibility in zip(plan.steps, [*plan.steps[1:], None], plan.visibility, strict=True):
+        if following is None:
+            yield step, visibility, *held
+            return
+        send = [take(x, following.send_rows) for x in (own if plan.route == "direct" else held)]
+        arriving = k.new_empty(following.num_rows, *k.shape[1:]), v.new_empty(following.num_rows, *v.shape[1:])
+        flight = plan.mesh.transport.exchange(
+            "ring", send_to=following.send_to, send=send, recv_from=following.recv_from, recv=arriving
+        )
+        yield step, visibility, *held
+        flight.wait()
+        held = arriving
 
 
 class _DirectReturn:

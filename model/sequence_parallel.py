@@ -46,8 +46,8 @@ def parallel_attention(
         return planned_attention(q, k, v, plan, scale=scale)
     # All rows of the batch share the mask, so that they can stand in line as more heads.
     batch = q.shape[0]
-    folded = [x.transpose(0, 1).flatten(1, 2) for x in (q, k, v)]
-    out = planned_attention(*folded, plan, scale=scale)
+    q_rows, k_rows, v_rows = (x.transpose(0, 1).flatten(1, 2) for x in (q, k, v))
+    out = planned_attention(q_rows, k_rows, v_rows, plan, scale=scale)
     return out.unflatten(1, (batch, q.shape[2])).transpose(0, 1)
 
 
@@ -55,9 +55,9 @@ def planned_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, s
     """2D attention by a plan. q [S_local, Hq, D], k, v [S_local, Hkv, D]; returns [S_local, Hq, D]."""
     heads = HeadSplit(q.shape[1], k.shape[1], plan.mesh.ulysses)
     _check(q, k, v, plan)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = to_heads(q, k, v, heads=heads, plan=plan)
-    return to_tokens(ring_attention(q, k, v, plan, scale=scale), heads=heads, plan=plan)
+    out = ring_attention(q, k, v, plan, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+    return to_tokens(out, heads=heads, plan=plan)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:

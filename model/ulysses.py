@@ -96,20 +96,20 @@ class _ToHeads(torch.autograd.Function):
     def forward(
         ctx: Any, mesh: Mesh, heads: Sequence[Slices], counts: Sequence[int], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.route = mesh, heads, counts
+        ctx.mesh, ctx.heads, ctx.counts = mesh, heads, counts
         return tuple(_scatter_heads(mesh, heads, counts, tensors))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *_gather_heads(*ctx.route, grads)
+        return None, None, None, *_gather_heads(ctx.mesh, ctx.heads, ctx.counts, grads)
 
 
 class _ToTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mesh: Mesh, heads: Slices, counts: Sequence[int], x: Tensor) -> Tensor:
-        ctx.route = mesh, [heads], counts
-        return _gather_heads(*ctx.route, [x])[0]
+        ctx.mesh, ctx.heads, ctx.counts = mesh, heads, counts
+        return _gather_heads(mesh, [heads], counts, [x])[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, _scatter_heads(*ctx.route, grads)[0]
+        return None, None, None, _scatter_heads(ctx.mesh, [ctx.heads], ctx.counts, grads)[0]

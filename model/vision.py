@@ -17,9 +17,7 @@ class PatchEmbedding(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, patches, C], row by row; pixels beyond the last whole patch are dropped."""
         height, width = self.kernel_size
-        patches = input.unfold(2, height, height).unfold(
-            3, width, width
-        )  # [N, 3, rows, columns, height, width]
+        patches = input.unfold(2, height, height).unfold(3, width, width)  # [N, 3, rows, columns, height, width]
         patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
         return F.linear(patches, self.weight.flatten(1), self.bias)
 
@@ -33,10 +31,7 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.patch_grid**2, config.hidden_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return (
-            self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))
-            + self.position_embedding.weight
-        )
+        return self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype)) + self.position_embedding.weight
 
 
 class SelfAttention(nn.Module):

@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks: one process each, forked from a server that has torch imported already."""
+"""Run a function on several gloo ranks, processes forked from a server that has imported torch."""
 
 import multiprocessing
 import os
@@ -19,8 +19,8 @@ import torch.distributed as dist
 def run_ranks(body: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
     """Call body(rank, *args) on `world_size` ranks in one gloo group and return their results in rank order.
 
-    `body` is a function at the top level of a module; arguments and results are pickled by value. What a rank raises is
-    raised here, with that rank's traceback as a note; TimeoutError after `timeout` seconds. No process outlives the call.
+    `body` stands at the top level of a module; arguments and results are pickled by value. What a rank raises is
+    raised here, with its traceback as a note; TimeoutError after `timeout` seconds. No process outlives the call.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed"])

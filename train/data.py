@@ -184,15 +184,18 @@ class PackedDataset:
             tokens = file.get_slice("tokens")[start:end].long()
             weighted = "loss_weight" in self._names
             weight = file.get_slice("loss_weight")[start:end] if weighted else torch.ones(end - start)
-        cuts = self._cu_seqlens.clamp(start, end).unique() - start
+        first = torch.searchsorted(self._cu_seqlens, start, right=True)
+        inside = self._cu_seqlens[first : torch.searchsorted(self._cu_seqlens, end)].unique()
         return Sample(
-            tokens, weight, torch.empty(0, dtype=torch.int64), cuts, f"{self.path}: stretch {index}"
+            tokens,
+            weight,
+            frame_starts=torch.empty(0, dtype=torch.int64),
+            cu_seqlens=torch.tensor([start, *inside.tolist(), end]) - start,
+            source=f"{self.path}: stretch {index}",
         )
 
 
-def write_packed(
-    path: str | Path, documents: Iterable[Tensor], weights: Iterable[Tensor] | None = None
-) -> None:
+def write_packed(path: str | Path, documents: Iterable[Tensor], weights: Iterable[Tensor] | None = None) -> None:
     """Write documents (int [T] each) and the weights of their tokens in the loss (float [T] each, else 1)."""
     documents = list(documents)
     lengths = torch.tensor([0, *(len(document) for document in documents)])

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from longtake.infer.haystack import (
     PHOTOGRAPHS,
     UNSEEN_PHOTOGRAPHS,

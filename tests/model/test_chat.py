@@ -65,9 +65,7 @@ def test_an_extra_word_splits_no_longer_word() -> None:
     assert with_word.tokenize("a zqx s") != without.tokenize("a zqx s")
 
 
-@pytest.mark.parametrize(
-    "text", ["shared red, (blue)\n\n circle", "été 漢字 \x00 🙂 <image> <vila/video>\t", ""]
-)
+@pytest.mark.parametrize("text", ["shared red, (blue)\n\n circle", "été 漢字 \x00 🙂 <image> <vila/video>\t", ""])
 def test_decoding_gives_the_text_back(tokenizer: Qwen2Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -168,9 +166,7 @@ def test_a_million_visual_tokens_do_not_pass_through_the_tokenizer(tokenizer: Qw
         (["hello"], "turn 1 has no text"),
     ],
 )
-def test_turns_that_do_not_alternate_are_refused(
-    tokenizer: Qwen2Tokenizer, conversation: Turns, reason: str
-) -> None:
+def test_turns_that_do_not_alternate_are_refused(tokenizer: Qwen2Tokenizer, conversation: Turns, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         encode(tokenizer, conversation, tokens_per_frame=1)
 

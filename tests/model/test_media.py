@@ -64,9 +64,7 @@ def test_any_frames_of_any_format_are_those_of_a_full_decode(tmp_path: Path, nam
 def test_frames_at_a_varying_rate_are_found(tmp_path: Path, reordered: bool) -> None:
     milliseconds = np.random.default_rng(3).integers(20, 200, 70).cumsum().tolist()
     options = {**MEDIUM, "bf": "3" if reordered else "0"}
-    path = write_video(
-        tmp_path / "varying.mp4", moving_square(70), options=options, milliseconds=milliseconds
-    )
+    path = write_video(tmp_path / "varying.mp4", moving_square(70), options=options, milliseconds=milliseconds)
     assert_any_frames_are_read(path, 70)
 
 
@@ -195,9 +193,7 @@ def no_frames(path: Path) -> None:
         (no_frames, "no video in it"),
     ],
 )
-def test_what_is_no_video_is_named_with_its_reason(
-    tmp_path: Path, make: Callable[[Path], object], reason: str
-) -> None:
+def test_what_is_no_video_is_named_with_its_reason(tmp_path: Path, make: Callable[[Path], object], reason: str) -> None:
     path = tmp_path / "bad.mp4"
     make(path)
     with pytest.raises(MediaError, match=f"{path}: .*{reason}"):

@@ -61,9 +61,7 @@ GOOD = [
 ]
 
 
-def dataset(
-    path: Path, rows: Sequence[Row | str], tokenizer: Qwen2Tokenizer, **options: Any
-) -> ConversationDataset:
+def dataset(path: Path, rows: Sequence[Row | str], tokenizer: Qwen2Tokenizer, **options: Any) -> ConversationDataset:
     lines = [r if isinstance(r, str) else json.dumps(r) for r in rows]
     path.write_text("\n".join(lines) + "\n", "utf-8", "surrogateescape")
     settings = {"tokens_per_frame": 4, "num_frames": 8, "context": 1000, **options}
@@ -154,9 +152,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_row_is_named_with_its_file_number_and_reason(
-    media: Path, tokenizer: Qwen2Tokenizer, case: str
-) -> None:
+def test_a_bad_row_is_named_with_its_file_number_and_reason(media: Path, tokenizer: Qwen2Tokenizer, case: str) -> None:
     bad, reason = BAD[case]
     path, good = media / "bad.jsonl", row("a", "b")
     rows = dataset(path, [good, good, "", bad], tokenizer, context=40 if case == "too long" else 1000)
@@ -184,9 +180,7 @@ def test_a_sample_may_fill_the_context_to_the_last_token(media: Path, tokenizer:
         ('[{"id": 1}, {"id": 2}', "does not end after row 2"),
     ],
 )
-def test_a_file_without_rows_is_named(
-    tmp_path: Path, tokenizer: Qwen2Tokenizer, content: str, reason: str
-) -> None:
+def test_a_file_without_rows_is_named(tmp_path: Path, tokenizer: Qwen2Tokenizer, content: str, reason: str) -> None:
     with pytest.raises(SampleError, match=f"{tmp_path / 'a.json'}: .*{reason}"):
         dataset(tmp_path / "a.json", [content], tokenizer)
 
@@ -204,9 +198,7 @@ def test_any_share_of_the_frames_is_read(media: Path, tokenizer: Qwen2Tokenizer)
     samples = [rows[i] for i in range(len(rows))]
     expected = torch.cat(
         [
-            read_image(item.path, size=16)
-            if item.kind == "image"
-            else read_frames(item.path, item.indices, size=16)
+            read_image(item.path, size=16) if item.kind == "image" else read_frames(item.path, item.indices, size=16)
             for sample in samples
             for item in sample.media
         ]
@@ -220,16 +212,12 @@ def test_any_share_of_the_frames_is_read(media: Path, tokenizer: Qwen2Tokenizer)
             assert torch.equal(pixels, expected[first:last])
 
 
-def test_a_medium_that_breaks_when_decoded_is_named_with_its_row(
-    media: Path, tokenizer: Qwen2Tokenizer
-) -> None:
+def test_a_medium_that_breaks_when_decoded_is_named_with_its_row(media: Path, tokenizer: Qwen2Tokenizer) -> None:
     """Half a JPEG has a good header, and is found out by decoding alone."""
     rows = dataset(media / "late.jsonl", [GOOD[0], row("<image>", "b", image="cut.jpg")], tokenizer)
     samples = [rows[0], rows[1]]
     assert len(read_pixels(samples, 0, 8, 16)) == 8
-    with pytest.raises(
-        SampleError, match=r"late.jsonl: row 2: .*cut.jpg: not an image, or truncated"
-    ) as caught:
+    with pytest.raises(SampleError, match=r"late.jsonl: row 2: .*cut.jpg: not an image, or truncated") as caught:
         read_pixels(samples, 4, 9, 16)
     assert caught.value.source == samples[1].source
 
