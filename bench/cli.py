@@ -8,7 +8,7 @@ COMMANDS = {
     "demo": ("longtake.bench.demo", "train a tiny model through all five stages and find needles, on this machine"),
     "train": ("longtake.train.command", "train one stage from a TOML file"),
     "generate": ("longtake.infer.generate", "ask about a video"),
-    "needle": ("longtake.infer.needle", "needle in a haystack: frames x depths"),
+    "needle": ("longtake.infer.needle_command", "needle in a haystack: frames x depths"),
     "bench": (None, "one microbenchmark: attention, ring, step, layout"),
 }
 BENCHMARKS = ("attention", "ring", "step", "layout")
@@ -22,7 +22,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a subcommand. A user's mistake ends with one line on stderr and exit code 1; bad usage with 2."""
+    """Run a subcommand. A user's mistake ends with one line on stderr and exit code 1; bad usage with 2; Ctrl-C with 130."""
     args = list(sys.argv[1:] if argv is None else argv)
     if args[:1] in (["--help"], ["-h"]):
         print(usage())
@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         module, rest = f"longtake.bench.{rest[0]}", rest[1:]
     try:
         importlib.import_module(module).main(rest)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"longtake {command}: {error}", file=sys.stderr)
         sys.exit(1)

@@ -50,10 +50,10 @@ def pretrain_vision(
     source: Source,
     *,
     seed: int,
-    steps: int = 1200,
+    steps: int = 800,
     batch_size: int = 64,
     lr: float = 3e-3,
-    num_pictures: int = 16384,
+    num_pictures: int = 10_000,
 ) -> tuple[list[float], Captions]:
     """Trains `tower` on pictures drawn once, a fifth of them without needle. Returns the losses and the text side."""
     rng = np.random.default_rng([seed, 0, 0])

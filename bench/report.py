@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
 from matplotlib.transforms import Bbox
 
 from ..infer.heatmap import INK, draw_grid
@@ -43,7 +44,8 @@ def draw_report(report: dict[str, Any]) -> Figure:
     """Both grids side by side; below them the controls, the unseen photographs, parity and the loss curves."""
     figure = Figure(figsize=(12, 9.2), facecolor="white", layout="constrained")
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)  # type: ignore[union-attr]
-    top, middle, bottom = np.ravel(figure.subfigures(3, 1, height_ratios=[4.2, 2.7, 2.3]))
+    rows = GridSpec(3, 1, figure, height_ratios=[4.2, 2.7, 2.3])
+    top, middle, bottom = (figure.add_subfigure(rows[index]) for index in range(3))
     needle, stages = report["needle"], report["stages"]
 
     axes = top.subplots(1, 2)

@@ -8,6 +8,7 @@ with its heads over its slots, and the partial results are merged by their lse.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from ..comm.mesh import Mesh
 from ..kernels.attention import block_forward
 from ..kernels.visibility import Visibility, mask_bounds
 from ..model.attention_plan import plan_attention
-from ..model.batch import Document
+from ..model.batch import Document, packed_frame_starts
 from ..model.features import route_frames
 from ..model.ring import ring_attention
 from ..model.ulysses import HeadSplit, to_heads, to_tokens
@@ -31,7 +32,7 @@ ReadFrames = Callable[[int, int], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Slots:
-    """The axis of slots. Document i has slots [cu_seqlens[i], cu_seqlens[i + 1]); prompt_lengths[i] are filled at first.
+    """The axis. Document i has slots [cu_seqlens[i], cu_seqlens[i + 1]); its prompt fills the first prompt_lengths[i].
 
     input_ids int64 [num_slots], filled bool [num_slots], frame_starts int64 [num_frames]: positions on the axis.
     """
@@ -44,16 +45,19 @@ class Slots:
 
     @classmethod
     def of(cls, prompts: Sequence[Document], max_new_tokens: int) -> "Slots":
-        lengths = torch.tensor([len(p.input_ids) for p in prompts])
+        """Lay out prompts. Raises ValueError for one without tokens, and for max_new_tokens below 1."""
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts])
+        if not lengths.all():
+            raise ValueError(f"prompt {int(lengths.argmin())} has no tokens")
         cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), (lengths + max_new_tokens).cumsum(0)])
-        input_ids = torch.zeros(int(cu_seqlens[-1]), dtype=torch.int64)
-        filled = torch.zeros(len(input_ids), dtype=torch.bool)
-        frames = []
-        for prompt, start in zip(prompts, cu_seqlens.tolist(), strict=False):
-            input_ids[start : start + len(prompt.input_ids)] = prompt.input_ids
-            filled[start : start + len(prompt.input_ids)] = True
-            frames.append(prompt.frame_starts + start)
-        return cls(cu_seqlens, lengths, input_ids, filled, torch.cat(frames))
+        room = torch.zeros(max_new_tokens, dtype=torch.int64)
+        input_ids = torch.cat([part for prompt in prompts for part in (prompt.input_ids, room)])
+        slot = torch.arange(len(input_ids))
+        document = torch.searchsorted(cu_seqlens, slot, right=True) - 1
+        filled = slot - cu_seqlens[document] < lengths[document]
+        return cls(cu_seqlens, lengths, input_ids, filled, packed_frame_starts(prompts, cu_seqlens))
 
     def place_in_document(self, positions: Tensor) -> Tensor:
         """RoPE positions of slots: they restart at each document."""
@@ -73,6 +77,19 @@ class Slots:
         return edges
 
 
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Slots [first, last) of the axis, and the layout that deals them to the ranks."""
+
+    first: int
+    last: int
+    layout: Layout
+
+    def positions(self, sp_rank: int) -> Tensor:
+        """Positions on the axis of a rank's slots, int64, increasing."""
+        return self.layout.positions(sp_rank) + self.first
+
+
 class KeyValueCache:
     """One rank's keys and values: its heads, of the slots of its ring part, in increasing order.
 
@@ -87,7 +104,8 @@ class KeyValueCache:
         num_heads = mine.stop - mine.start if self.expand is None else len(self.expand)
         shape = (config.num_hidden_layers, num_local_slots, num_heads, config.head_dim)
         dtype = model.llm.model.embed_tokens.weight.dtype
-        self.keys = torch.zeros(shape, dtype=dtype, device=mesh.device)  # masked tiles read slots that are not filled
+        # zeros: a masked tile reads slots that are not filled yet, and hides no NaN
+        self.keys = torch.zeros(shape, dtype=dtype, device=mesh.device)
         self.values = torch.zeros_like(self.keys)
         self.parts = [torch.empty(0, dtype=torch.int64) for _ in range(mesh.ring)]
         self.ring_rank = mesh.ring_rank
@@ -97,9 +115,15 @@ class KeyValueCache:
         """Positions of this rank's slots."""
         return self.parts[self.ring_rank]
 
-    def grow(self, layout: Layout, offset: int) -> None:
-        """The slots of one more chunk."""
-        self.parts = [torch.cat([part, layout.ring_part(r) + offset]) for r, part in enumerate(self.parts)]
+    def grow(self, chunk: Chunk) -> None:
+        """Hold the slots of one more chunk."""
+        self.parts = [torch.cat([part, chunk.layout.ring_part(r) + chunk.first]) for r, part in enumerate(self.parts)]
+
+    def find(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the positions are held here, bool like them, and the local slots of those."""
+        slots = torch.searchsorted(self.positions, positions)
+        held = torch.searchsorted(self.positions, positions, right=True) > slots
+        return held, slots[held]
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         self.keys[layer, slots], self.values[layer, slots] = k, v
@@ -114,6 +138,8 @@ class Engine:
     def __init__(self, model: VisionLanguageModel, mesh: Mesh, *, chunk: int = 65_536) -> None:
         if mesh.data != 1:
             raise ValueError(f"inference runs on one sequence-parallel group, got data degree {mesh.data}")
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
         self.model, self.mesh, self.chunk = model.eval(), mesh, chunk
 
     @torch.no_grad()
@@ -150,38 +176,34 @@ class Engine:
 
     def _prefill(self, slots: Slots, read_frames: ReadFrames) -> tuple[KeyValueCache, Tensor]:
         """Run the prompts. Returns the cache and the hidden state [num_prompts, C] of each prompt's last token."""
-        edges = slots.chunk_edges(self.chunk, self.model.config.tokens_per_frame)
-        chunks = list(zip(edges, edges[1:], strict=False))
-        layouts = [self._layout(slots, first, last) for first, last in chunks]
-        local = sum(len(layout.ring_part(self.mesh.ring_rank)) for layout in layouts)
-        cache = KeyValueCache(self.model, self.mesh, local)
+        chunks = self._chunks(slots)
+        num_local_slots = sum(len(chunk.layout.ring_part(self.mesh.ring_rank)) for chunk in chunks)
+        cache = KeyValueCache(self.model, self.mesh, num_local_slots)
         ends = slots.cu_seqlens[:-1] + slots.prompt_lengths - 1
-        rows = []
-        for (first, last), layout in zip(chunks, layouts, strict=True):
-            positions, hidden = self._prefill_chunk(slots, cache, layout, first, last, read_frames)
+        last_tokens = []
+        for chunk in chunks:
+            positions, hidden = self._prefill_chunk(slots, cache, chunk, read_frames)
             mine = torch.isin(positions, ends)
-            rows.append((positions[mine], hidden[mine.to(hidden.device)]))
-        owned = torch.cat([p for p, _ in rows]), torch.cat([h for _, h in rows])
-        return cache, self._everywhere(*owned)
+            last_tokens.append((positions[mine], hidden[mine.to(hidden.device)]))
+        positions, hidden = (torch.cat(parts) for parts in zip(*last_tokens, strict=True))
+        return cache, self._everywhere(positions, hidden)
 
-    def _layout(self, slots: Slots, first: int, last: int) -> Layout:
-        inside = slots.cu_seqlens[(slots.cu_seqlens > first) & (slots.cu_seqlens < last)]
-        edges = torch.cat([torch.tensor([first]), inside, torch.tensor([last])])
-        return balanced(edges - first, ring=self.mesh.ring, ulysses=self.mesh.ulysses)
+    def _chunks(self, slots: Slots) -> list[Chunk]:
+        """The axis in chunks, each dealt out by itself, with its documents balanced."""
+        chunks, cu_seqlens = [], slots.cu_seqlens
+        for first, last in pairwise(slots.chunk_edges(self.chunk, self.model.config.tokens_per_frame)):
+            inside = cu_seqlens[(cu_seqlens > first) & (cu_seqlens < last)]
+            documents = torch.cat([torch.tensor([first]), inside, torch.tensor([last])]) - first
+            chunks.append(Chunk(first, last, balanced(documents, ring=self.mesh.ring, ulysses=self.mesh.ulysses)))
+        return chunks
 
     def _prefill_chunk(
-        self,
-        slots: Slots,
-        cache: KeyValueCache,
-        layout: Layout,
-        first: int,
-        last: int,
-        read_frames: ReadFrames,
+        self, slots: Slots, cache: KeyValueCache, chunk: Chunk, read_frames: ReadFrames
     ) -> tuple[Tensor, Tensor]:
-        """Positions and hidden states of this rank's prompt tokens in slots [first, last)."""
-        mesh, device = self.mesh, self.mesh.device
-        cache.grow(layout, first)
-        held = [layout.positions(rank) + first for rank in range(mesh.sp_size)]
+        """Positions and hidden states of this rank's prompt tokens in a chunk, which the cache then holds."""
+        mesh = self.mesh
+        cache.grow(chunk)
+        held = [chunk.positions(rank) for rank in range(mesh.sp_size)]
         queries = [positions[slots.filled[positions]] for positions in held]
         plan = plan_attention(
             mesh,
@@ -192,7 +214,7 @@ class Engine:
             cu_seqlens=slots.cu_seqlens,
         )
         group = slice(mesh.ring_rank * mesh.ulysses, (mesh.ring_rank + 1) * mesh.ulysses)
-        new_slots = torch.searchsorted(cache.positions, torch.cat(queries[group])).to(device)
+        new_slots = cache.find(torch.cat(queries[group]))[1].to(mesh.device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = to_heads(q, k, v, heads=cache.heads, plan=plan)
@@ -200,20 +222,17 @@ class Engine:
             out = ring_attention(q, *cache.read(layer), plan, scale=q.shape[-1] ** -0.5)
             return to_tokens(out, heads=cache.heads, plan=plan)
 
-        embedded = self._embed(slots, held[mesh.sp_rank], layout, first, last, read_frames)
         mine = queries[mesh.sp_rank]
-        embedded = embedded[slots.filled[held[mesh.sp_rank]].to(device)]
-        return mine, self.model.llm(embedded, slots.place_in_document(mine).to(device), attend)
+        embedded = self._embed(slots, chunk, read_frames)[slots.filled[held[mesh.sp_rank]].to(mesh.device)]
+        return mine, self.model.llm(embedded, slots.place_in_document(mine).to(mesh.device), attend)
 
-    def _embed(
-        self, slots: Slots, held: Tensor, layout: Layout, first: int, last: int, read_frames: ReadFrames
-    ) -> Tensor:
-        edges = torch.tensor([first, last])
-        begin, end = torch.searchsorted(slots.frame_starts, edges).tolist()
-        starts = slots.frame_starts[begin:end] - first
-        route = route_frames(starts, self.model.config.tokens_per_frame, layout, self.mesh)
+    def _embed(self, slots: Slots, chunk: Chunk, read_frames: ReadFrames) -> Tensor:
+        """Embeddings [n, C] of this rank's slots of a chunk, filled or not, from the frames that it encodes."""
+        begin, end = torch.searchsorted(slots.frame_starts, torch.tensor([chunk.first, chunk.last])).tolist()
+        starts = slots.frame_starts[begin:end] - chunk.first
+        route = route_frames(starts, self.model.config.tokens_per_frame, chunk.layout, self.mesh)
         pixels = read_frames(begin + route.first, begin + route.last).to(self.mesh.device)
-        return self.model.embed(slots.input_ids[held].to(self.mesh.device), pixels, route)
+        return self.model.embed(slots.input_ids[chunk.positions(self.mesh.sp_rank)].to(self.mesh.device), pixels, route)
 
     def _everywhere(self, positions: Tensor, hidden: Tensor) -> Tensor:
         """Hidden states of all prompts' last tokens, in the order of their positions, from the ranks that have them."""
@@ -228,10 +247,8 @@ class Engine:
         mesh, heads = self.mesh, cache.heads
         bounds = mask_bounds(positions, num_tokens=len(slots.input_ids), causal=True, cu_seqlens=slots.cu_seqlens)
         visibility = Visibility.from_bounds(*bounds, cache.positions)
-        owned = torch.isin(positions, cache.positions)
-        new_slots = torch.searchsorted(cache.positions, positions[owned]).to(mesh.device)
+        owned, new_slots = (x.to(mesh.device) for x in cache.find(positions))
         my_q, my_kv = heads.q[mesh.ulysses_rank], heads.kv[mesh.ulysses_rank]
-        owned = owned.to(mesh.device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k, v = k[owned, my_kv], v[owned, my_kv]

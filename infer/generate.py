@@ -1,16 +1,17 @@
 """`longtake generate`: answer a question about a video, on all ranks together, as the words come."""
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..comm.launch import launch
 from ..comm.mesh import Mesh
-from ..model.chat import encode_prompt, load_tokenizer
-from ..model.checkpoint import load_model
+from ..model.chat import Kind, encode_prompt, load_tokenizer
+from ..model.checkpoint import latest, load_model
 from ..model.config import ModelConfig
 from ..model.media import probe, read_frames, sample_frames
 from ..model.vlm import VisionLanguageModel, no_pixels
@@ -43,6 +44,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
     add_grid(parser)
     request = Request(**vars(parser.parse_args(argv)))
+    check_files(request.checkpoint, request.video)
     launch(run, request, world_size=request.ring * request.ulysses)
 
 
@@ -50,6 +52,13 @@ def add_grid(parser: argparse.ArgumentParser) -> None:
     """The flags that say on how many ranks a command runs."""
     parser.add_argument("--ring", type=int, default=1, help="ranks of the key ring (1)")
     parser.add_argument("--ulysses", type=int, default=1, help="ranks of the all-to-all over heads (1)")
+
+
+def check_files(checkpoint: Path, video: Path | None) -> None:
+    """Raises ValueError, before any rank starts, for what is no checkpoint and a video that cannot be read."""
+    latest(checkpoint)
+    if video is not None:
+        probe(video)
 
 
 def load_engine(checkpoint: Path, mesh: Mesh) -> tuple[Engine, PreTrainedTokenizerBase]:
@@ -71,25 +80,19 @@ def run(request: Request) -> None:
 
 
 def stream(engine: Engine, tokenizer: PreTrainedTokenizerBase, request: Request) -> Iterator[str]:
-    """The answer in pieces of text. Raises MediaError, before any collective, for a video that cannot be read."""
-    config = engine.model.config
-    value, media, indices = request.prompt, [], []
-    if request.video is not None:
-        info = probe(request.video)
-        indices = sample_frames(info.num_frames, request.frames)
-        value, media = f"<video>\n{value}", [("video", len(indices))]
-    prompt = encode_prompt(
-        tokenizer, [{"from": "human", "value": value}], media, tokens_per_frame=config.tokens_per_frame
-    )
-    size = config.vision.image_size
+    """The answer in pieces of text. Collective."""
+    config, video = engine.model.config, request.video
+    indices = [] if video is None else sample_frames(probe(video).num_frames, request.frames)
+    media: list[tuple[Kind, int]] = [] if video is None else [("video", len(indices))]
+    turns = [{"from": "human", "value": "<video>\n" * len(media) + request.prompt}]
+    prompt = encode_prompt(tokenizer, turns, media, tokens_per_frame=config.tokens_per_frame)
 
-    def frames(first: int, last: int):
-        if request.video is None or first == last:
+    def frames(first: int, last: int) -> Tensor:
+        if video is None or first == last:
             return no_pixels(config)
-        return read_frames(request.video, indices[first:last], size=size)
+        return read_frames(video, indices[first:last], size=config.vision.image_size)
 
     stop = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
-    shown, produced = "", []
     steps = engine.generate(
         [prompt],
         frames,
@@ -98,9 +101,17 @@ def stream(engine: Engine, tokenizer: PreTrainedTokenizerBase, request: Request)
         temperature=request.temperature,
         seed=request.seed,
     )
-    for (token,) in steps:
-        produced += [token] if token not in (None, stop) else []
-        text = tokenizer.decode(produced)
-        if not text.endswith("\ufffd"):  # in the middle of a character
-            yield text[len(shown) :]
-            shown = text
+    yield from decode_pieces(tokenizer, (token for (token,) in steps if token is not None and token != stop))
+
+
+def decode_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> Iterator[str]:
+    """Text as its tokens come; a character that has not all its bytes yet is held back, at most to the end."""
+    ids, text, shown = [], "", 0
+    for token in tokens:
+        ids.append(token)
+        text = str(tokenizer.decode(ids))
+        if len(text) > shown and not text.endswith("\ufffd"):
+            yield text[shown:]
+            shown = len(text)
+    if len(text) > shown:
+        yield text[shown:]

@@ -14,14 +14,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-BLOCK = 2048  # rows of the largest triangle: large enough to amortise a call, and all else is unmasked
 LEAF = 128  # rows of a masked edge tile
 CALL = 1024  # what a call and its merge cost, in (query, key) pairs: about 15 us at 4 heads of 32
 MAX_MASK = 256 * 256  # elements of the largest mask
 
 
 class Kind(IntEnum):
-    """In order of work: a causal tile holds every row of its block, so it best comes first and needs no merge."""
+    """In order of work: a causal tile holds every row of its run, so it best comes first and needs no merge."""
 
     CAUSAL = 0  # square; row i sees its first i + 1 keys
     FULL = 1
@@ -153,15 +152,16 @@ def cut_group(runs: Sequence[Run]) -> Iterator[Rectangle]:
 
 
 def cut_run(run: Run) -> Iterator[Rectangle]:
-    """The exact cut of a run: blocks of rows, each a full core between the triangles of its two edges."""
+    """The exact cut of a run: a full core between the triangles of its edges; of a band, in blocks of rows."""
     width = run.end - run.start
     if not (run.start_rises or run.end_rises):
         yield Rectangle(Kind.FULL, run.row, run.start, run.rows, width)
         return
     band = run.start_rises and run.end_rises
     narrow = band and width <= LEAF
-    # The two triangles of a block of a band must not meet.
-    block = LEAF if narrow else min(BLOCK, (width - 1) // LEAF * LEAF) if band else BLOCK
+    # The two triangles of a block of a band must not meet: at most width - 1 rows. A power of two, at least half of
+    # that, lets the parts of all blocks fall in step, and their cores not overlap, so that each is one call.
+    block = run.rows if not band else LEAF if narrow else 1 << (width - 1).bit_length() - 1
     for offset in range(0, run.rows, block):
         row, rows = run.row + offset, min(block, run.rows - offset)
         start, end = run.start + run.start_rises * offset, run.end + run.end_rises * offset
@@ -182,7 +182,7 @@ def cut_upper(row: int, key: int, size: int) -> Iterator[Rectangle]:
     if size <= LEAF:
         yield Rectangle(Kind.MASKED, row, key, size, size)
         return
-    half = 1 << (size - 1).bit_length() - 1  # a power of two, so that the halves of all blocks fall in step
+    half = 1 << (size - 1).bit_length() - 1  # a power of two, so that equal parts fall in step
     yield Rectangle(Kind.FULL, row, key + half, half, size - half)
     yield from cut_upper(row, key, half)
     yield from cut_upper(row + half, key + half, size - half)

@@ -5,6 +5,7 @@ is complete: it is written as step-N.part and renamed.
 """
 
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,4 +114,6 @@ def resume(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, 
 
 
 def _dcp_call(call: Any, state: dict[str, Any], path: Path, mesh: Mesh | None) -> None:
-    call(state, checkpoint_id=path, no_dist=mesh is None or mesh.world_size == 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # by us, where one rank is enough
+        call(state, checkpoint_id=path, no_dist=mesh is None or mesh.world_size == 1)

@@ -33,21 +33,26 @@ class FrameRoute:
 
 def frame_share(num_frames: int, mesh: Mesh) -> tuple[int, int]:
     """This rank encodes frames [first, last) of the num_frames of its group."""
-    return mesh.sp_rank * num_frames // mesh.sp_size, (mesh.sp_rank + 1) * num_frames // mesh.sp_size
+    return _share(num_frames, mesh.sp_rank, mesh.sp_size)
+
+
+def _share(num_frames: int, rank: int, ranks: int) -> tuple[int, int]:
+    return rank * num_frames // ranks, (rank + 1) * num_frames // ranks
 
 
 def route_frames(frame_starts: Tensor, tokens_per_frame: int, layout: Layout, mesh: Mesh) -> FrameRoute:
     """frame_starts: int64 [num_frames], increasing: the global position of each frame's first visual token."""
-    num_frames, ranks, me = len(frame_starts), mesh.sp_size, mesh.sp_rank
-    edges = [rank * num_frames // ranks for rank in range(ranks + 1)]
+    me, ranks = mesh.sp_rank, mesh.sp_size
+    shares = [_share(len(frame_starts), rank, ranks) for rank in range(ranks)]
+    first, last = shares[me]
     positions = (frame_starts[:, None] + torch.arange(tokens_per_frame)).flatten()
     owner = layout.owner[positions]
-    mine = owner[edges[me] * tokens_per_frame : edges[me + 1] * tokens_per_frame]
-    parts = owner.split([(b - a) * tokens_per_frame for a, b in zip(edges, edges[1:], strict=False)])
+    mine = owner[first * tokens_per_frame : last * tokens_per_frame]
+    parts = owner.split([(b - a) * tokens_per_frame for a, b in shares])
     return FrameRoute(
         mesh,
-        edges[me],
-        edges[me + 1],
+        first,
+        last,
         order=mine.argsort(stable=True),
         send_counts=mine.bincount(minlength=ranks).tolist(),
         recv_counts=[int((part == me).sum()) for part in parts],

@@ -1,6 +1,7 @@
 """Ulysses (arXiv 2309.14509): an all-to-all trades a rank's tokens for its heads, and another one trades back."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ class HeadSplit:
             raise ValueError(f"{num_heads} q heads are not a multiple of {num_kv_heads} k, v heads")
         self.group = num_heads // num_kv_heads
         edges = [rank * num_heads // degree for rank in range(degree + 1)]
-        self.q = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        self.q = [slice(a, b) for a, b in pairwise(edges)]
         self.kv = [slice(s.start // self.group, -(-s.stop // self.group)) for s in self.q]
         self.kv = [kv if q.start < q.stop else slice(0, 0) for q, kv in zip(self.q, self.kv, strict=True)]
 

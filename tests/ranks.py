@@ -23,7 +23,7 @@ def run_ranks(body: Callable[..., Any], world_size: int, *args: Any, timeout: fl
     raised here, with its traceback as a note; TimeoutError after `timeout` seconds. No process outlives the call.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
+    context.set_forkserver_preload(["torch", "torch.distributed", "longtake.train.trainer"])  # and so transformers
     call = pickle.dumps((body, args))
     with tempfile.TemporaryDirectory() as folder:
         processes, pipes = [], []

@@ -1,7 +1,6 @@
 """Tiny models for tests: the real modules, at a few thousand parameters, that can be built anew on every rank."""
 
 import torch
-
 from longtake.model.config import LanguageConfig, ModelConfig, VisionConfig
 from longtake.model.vlm import VisionLanguageModel
 

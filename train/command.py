@@ -1,8 +1,10 @@
 """`longtake train --config FILE.toml [--field value ...] [--resume]`."""
 
+import argparse
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -29,6 +31,7 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
     parser.add_class_arguments(TrainConfig)
     flags = [_with_underscores(arg) for arg in argv]
     try:
+        _check_config_exists(flags)
         fields = vars(parser.parse_args(flags))
     except ArgumentError as error:
         raise ValueError(f"{' '.join(argv)}: {' '.join(str(error).split())}") from error
@@ -41,6 +44,15 @@ def _with_underscores(arg: str) -> str:
     """--batch-size is --batch_size; what follows the = stays."""
     name, equals, value = arg.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else arg
+
+
+def _check_config_exists(flags: Sequence[str]) -> None:
+    """jsonargparse takes the name of a file that is not there for TOML."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--config", type=Path)
+    path = finder.parse_known_args(flags)[0].config
+    if path is not None and not path.is_file():
+        raise ValueError(f"{path}: no such config file")
 
 
 def run(config: TrainConfig, resume: bool) -> None:

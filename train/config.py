@@ -6,6 +6,12 @@ from typing import Literal
 
 from .stages import STAGES, Stage
 
+LEAST = {
+    1: ("steps", "batch_size", "accumulation", "context", "num_frames", "ring", "ulysses"),
+    0: ("warmup", "save_every", "low_rank", "seed", "weight_decay", "min_learning_rate", "tower_learning_rate"),
+}
+POSITIVE = ("learning_rate", "max_fps", "clip", "rope_theta")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -81,9 +87,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise ValueError(f"stage must be one of {', '.join(map(str, STAGES))}, got {self.stage}")
-        for field in ("steps", "batch_size", "accumulation", "context", "num_frames", "ring", "ulysses"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        for least, names in LEAST.items():
+            for name in names:
+                if (value := getattr(self, name)) is not None and value < least:
+                    raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name in POSITIVE:
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} must be more than 0, got {value}")
+        if self.rank_of_update and "llm" not in self.plan.trains:
+            raise ValueError(f"low_rank {self.low_rank} has nothing to train: stage {self.stage} leaves the llm alone")
 
     @property
     def plan(self) -> Stage:

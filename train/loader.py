@@ -47,7 +47,7 @@ class _Draft:
     def __init__(self) -> None:
         self.sequences: list[list[Sample]] = []
         self.pixels: list[Tensor] = []
-        self.errors: dict[int, str] = {}  # index in the data: message
+        self.errors: dict[int, str] = {}  # place in the step: message
 
 
 class StepLoader:
@@ -77,10 +77,9 @@ class StepLoader:
                     log.warning("skipped: %s", message)
             left_out |= errors.keys()
             draft = self._read(consumed, left_out)
-        self.ahead = (
-            consumed + self.samples_per_step,
-            self.thread.submit(self._read, consumed + self.samples_per_step),
-        )
+        following = consumed + self.samples_per_step
+        if following < self.config.steps * self.samples_per_step:
+            self.ahead = following, self.thread.submit(self._read, following)
         return self._shard(draft, len(left_out))
 
     def close(self) -> None:
@@ -93,23 +92,26 @@ class StepLoader:
         return self._read(consumed)
 
     def _read(self, consumed: int, leave_out: Set[int] = frozenset()) -> _Draft:
-        """Read this group's samples and decode this rank's frames; nothing in here talks to other ranks."""
+        """Read this group's samples and decode this rank's frames; nothing in here talks to other ranks.
+
+        leave_out: places in the step. (An index stands at two of them where a step reaches into the next epoch.)
+        """
         draft = _Draft()
         indices = order(len(self.dataset), self.config.seed, consumed, self.samples_per_step)
         size = self.config.batch_size
         for i in range(self.config.accumulation):
             first = (i * self.mesh.data + self.mesh.data_rank) * size
-            mine = [index for index in indices[first : first + size] if index not in leave_out]
-            samples = {index: s for index in mine if (s := self._sample(index, draft)) is not None}
+            mine = [place for place in range(first, first + size) if place not in leave_out]
+            samples = {place: s for place in mine if (s := self._sample(indices[place], place, draft)) is not None}
             draft.sequences.append([d for s in samples.values() for d in s.documents()])
             draft.pixels.append(self._pixels(samples, draft))
         return draft
 
-    def _sample(self, index: int, draft: _Draft) -> Sample | None:
+    def _sample(self, index: int, place: int, draft: _Draft) -> Sample | None:
         try:
             return self.dataset[index]
         except SampleError as error:
-            draft.errors[index] = str(error)
+            draft.errors[place] = str(error)
             return None
 
     def _pixels(self, samples: dict[int, Sample], draft: _Draft) -> Tensor:
@@ -117,14 +119,14 @@ class StepLoader:
         try:
             return read_pixels(list(samples.values()), first, last, self.image_size)
         except SampleError as error:
-            bad = next(index for index, sample in samples.items() if sample.source == error.source)
+            bad = next(place for place, sample in samples.items() if sample.source == error.source)
             draft.errors[bad] = str(error)
             return torch.empty(0)
 
     def _agree(self, errors: dict[int, str]) -> dict[int, str]:
         """Every rank's errors, the same on all ranks."""
         gathered = self.mesh.gather_objects(errors)
-        return {index: e[index] for e in gathered for index in sorted(e)}
+        return {place: e[place] for e in gathered for place in sorted(e)}
 
     def _shard(self, draft: _Draft, num_skipped: int) -> StepData:
         device, batches = self.mesh.device, []

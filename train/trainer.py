@@ -3,6 +3,7 @@
 import logging
 import resource
 import time
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,10 +11,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..comm.mesh import Mesh
 from ..model.chat import load_tokenizer
-from ..model.checkpoint import Progress, load_model, resume, save
+from ..model.checkpoint import Progress, complete_steps, latest, load_model, resume, save
 from ..model.config import ModelConfig
 from ..model.low_rank import add_low_rank, merge_low_rank
 from ..model.vlm import VisionLanguageModel
@@ -28,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepLog:
-    """What a step prints. loss: mean over the weighted tokens; memory_gib: this rank's peak.
+    """What a step prints. loss: mean over the weighted tokens, 0 without any; memory_gib: this rank's peak.
 
     max_frames, max_tokens: of the longest sample in the step.
     """
@@ -47,9 +49,13 @@ class StepLog:
 def train(config: TrainConfig, *, continue_run: bool = False) -> list[StepLog]:
     """Train one stage, on every rank of the process group. Returns the steps' logs.
 
-    Raises ValueError for a grid that does not divide the world, a folder that is no checkpoint, or a bad sample.
+    Raises ValueError for a grid that does not divide the world, a folder that is no checkpoint, one in `out` that
+    the run would not continue, or a bad sample.
     """
     mesh = training_mesh(config)
+    if complete_steps(config.out) and not continue_run:
+        raise ValueError(f"{config.out} has a checkpoint already: continue it with --resume, or take another folder")
+    mesh.barrier()  # everyone has looked, before the first writes
     trainer = Trainer(config, mesh, continue_run=continue_run)
     return trainer.run()
 
@@ -68,7 +74,7 @@ def training_mesh(config: TrainConfig) -> Mesh:
 def shard_parameters(model: VisionLanguageModel, mesh: Mesh, config: TrainConfig) -> None:
     """FSDP2 over all ranks. Gradients are summed: the loss is divided by the global token count already."""
     dtype = getattr(torch, config.dtype)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     layers: list[nn.Module] = [*model.llm.model.layers, *model.vision_tower.vision_model.encoder.layers]
     for module in [*(layers if config.shard == "layer" else []), model]:
         fully_shard(module, mesh=mesh.device_mesh, mp_policy=policy)
@@ -79,7 +85,12 @@ def shard_parameters(model: VisionLanguageModel, mesh: Mesh, config: TrainConfig
 
 
 def compute_gradients(model: nn.Module, data: StepData, mesh: Mesh) -> float:
-    """Forward and backward of one step's sequences. Returns the global loss: sum / global token count."""
+    """Forward and backward of one step's sequences. Returns the global loss: sum / global token count.
+
+    A step without a weighted token leaves no gradient behind, and so the optimizer where it is.
+    """
+    if not data.total_weight:
+        return 0.0
     total = torch.zeros((), dtype=torch.float64)
     for i, (batch, pixels) in enumerate(data.batches):
         if isinstance(model, FSDPModule):
@@ -95,15 +106,17 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, mesh: Mesh, *, continue_run: bool = False) -> None:
         self.config, self.mesh = config, mesh
+        latest(config.model)  # before anything looks for its own files in a folder that is no checkpoint
         self.tokenizer = load_tokenizer(config.model)
         self.model_config = _with_context(ModelConfig.load(config.model), config)
+        dataset = self._dataset()
         self.model = self._build_model()
         self.optimizer = build_optimizer(self.model, config)
         self.progress = Progress()
-        if continue_run and (config.out / "config.json").is_file():
+        if continue_run and complete_steps(config.out):
             self.progress = resume(config.out, model=self.model, optimizer=self.optimizer, mesh=mesh)
         self.loader = StepLoader(
-            self._dataset(),
+            dataset,
             config,
             mesh,
             tokens_per_frame=self.model_config.tokens_per_frame,
@@ -117,7 +130,7 @@ class Trainer:
         if self.config.rank_of_update:
             rank = self.config.rank_of_update
             add_low_rank(model.llm, rank=rank, alpha=2 * rank, seed=self.config.seed)
-        model.llm.recompute = self.config.recompute
+        model.llm.recompute = model.vision_tower.recompute = self.config.recompute
         model.to(self.mesh.device)
         shard_parameters(model, self.mesh, self.config)
         return model
@@ -136,23 +149,19 @@ class Trainer:
 
     def run(self) -> list[StepLog]:
         """Train to the last step, save, and return the logs of the steps done here."""
-        first = self.mesh.rank == 0
-        board = SummaryWriter(str(self.config.out)) if first else None
-        name = f"stage {self.config.stage}"
-        bar = tqdm(total=self.config.steps, initial=self.progress.step, desc=name, disable=not first, unit="step")
-        logs = []
-        while self.progress.step < self.config.steps:
-            logs.append(self.step())
-            bar.update()
-            bar.set_postfix_str(f"loss {logs[-1].loss:.3f} norm {logs[-1].grad_norm:.2f}")
-            _write(logs[-1], board)
-            if self.config.save_every and self.progress.step % self.config.save_every == 0:
-                self.save()
-        bar.close()
-        self.loader.close()
+        logs, begin, steps, first = [], self.progress.step, self.config.steps, self.mesh.rank == 0
+        bar = tqdm(total=steps, initial=begin, desc=f"stage {self.config.stage}", disable=not first, unit="step")
+        board = SummaryWriter(str(self.config.out), purge_step=begin + 1) if first else nullcontext()
+        with closing(self.loader), bar, logging_redirect_tqdm(), board as writer:
+            while self.progress.step < steps:
+                logs.append(self.step())
+                bar.update()
+                bar.set_postfix_str(f"loss {logs[-1].loss:.3f} norm {logs[-1].grad_norm:.2f}")
+                _write(logs[-1], writer)
+                due = self.config.save_every and self.progress.step % self.config.save_every == 0
+                if due and self.progress.step < steps:
+                    self.save()
         self._finish()
-        if board is not None:
-            board.close()
         return logs
 
     def step(self) -> StepLog:

@@ -85,7 +85,7 @@ def test_a_text_needle_has_its_length_and_the_answer_in_its_text(length: int):
     for _ in range(20):
         ids, weights = NEEDLES.document(length, rng)
         assert ids.shape == weights.shape == (length,)
-        answer = TOKENIZER.decode(ids[weights == 1]).removesuffix("<|im_end|>")
+        answer = str(TOKENIZER.decode(ids[weights == 1])).removesuffix("<|im_end|>")
         before = TOKENIZER.decode(ids[: int((weights == 1).nonzero()[0])])
         assert answer in before
         assert set(weights.unique().tolist()) <= {0.0, torch.tensor(TEXT_WEIGHT).item(), 1.0}

@@ -85,13 +85,14 @@ def test_half_precision_loses_only_its_inputs_rounding(dtype: torch.dtype) -> No
     assert_near((out, lse, *grads), expected(tensors, visibility))
 
 
-def test_triangles_and_rectangles_of_several_blocks() -> None:
-    visibility = shard_visibility(4500)
+def test_a_band_of_several_blocks() -> None:
+    visibility = shard_visibility(2500, window=1100)
+    assert max(tile.count for tile in visibility.tiles) > 2
     tensors = block(visibility, heads=1, key_heads=1, head_dim=4)
     q, k, v, dout, dlse = tensors
     out, lse = block_forward(q, k, v, visibility, scale=SCALE)
     grads = block_backward(q, k, v, out, lse, dout, visibility, scale=SCALE, dlse=dlse)
-    # dk, dv of the first keys sum 4,500 rows.
+    # dk, dv of a key sum 1,100 rows.
     assert_near((out, lse, *grads), expected(tensors, visibility), tolerance=1e-4)
 
 

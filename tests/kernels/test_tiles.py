@@ -1,6 +1,6 @@
 import pytest
 import torch
-from longtake.kernels.tiles import BLOCK, MAX_MASK, Kind, Tile
+from longtake.kernels.tiles import MAX_MASK, Kind, Tile
 from longtake.kernels.visibility import Visibility
 from torch import Tensor
 
@@ -58,11 +58,14 @@ def test_rectangles_of_one_call_share_no_row_and_no_key(name: str) -> None:
             assert tile.key_step >= tile.rectangle.keys
 
 
-def test_a_long_causal_sequence_is_one_call_of_triangles_and_full_rectangles_without_a_mask() -> None:
-    tiles = shard_visibility(8 * BLOCK).tiles
-    assert [tile.rectangle.kind for tile in tiles] == [Kind.CAUSAL] + [Kind.FULL] * 7
-    assert tiles[0].count == 8
-    assert all(tile.mask is None for tile in tiles)
+def test_a_causal_sequence_is_one_causal_call_without_a_mask() -> None:
+    (tile,) = shard_visibility(16384).tiles
+    assert (tile.rectangle.kind, tile.mask) == (Kind.CAUSAL, None)
+
+
+def test_a_later_chunk_of_a_causal_sequence_is_a_full_call_and_a_causal_one() -> None:
+    tiles = shard_visibility(16384, queries=torch.arange(8192, 12288)).tiles
+    assert [(tile.rectangle.kind, tile.rectangle.keys) for tile in tiles] == [(Kind.CAUSAL, 4096), (Kind.FULL, 8192)]
 
 
 def test_equal_documents_are_one_call() -> None:
@@ -88,5 +91,6 @@ def test_masks_stay_small_and_few_for_a_window_over_a_long_sequence() -> None:
     worked = sum(tile.count * tile.rectangle.rows * tile.rectangle.keys for tile in tiles)
     masks = [tile.mask for tile in tiles if tile.mask is not None]
     assert sum(mask.numel() for mask in masks) <= 3 * MAX_MASK
+    assert len(tiles) < 20
     # The triangles at the band's right edge count twice here; the rest is exact but for small leaves.
     assert worked < 1.5 * shard_visibility(32768, window=3000).area

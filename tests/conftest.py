@@ -1,0 +1,25 @@
+"""Files that many tests read and none changes."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.training_files import write_conversations, write_start, write_text
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder of a tiny model."""
+    return write_start(tmp_path_factory.mktemp("start"))
+
+
+@pytest.fixture(scope="session")
+def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JSONL conversations about videos, six rows."""
+    return write_conversations(tmp_path_factory.mktemp("conversations"))
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Packed text of 120 tokens."""
+    return write_text(tmp_path_factory.mktemp("packed") / "text.safetensors")

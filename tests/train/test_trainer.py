@@ -1,0 +1,204 @@
+"""Training runs: what interrupts, splits or shards them does not change what they compute."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from longtake.comm.mesh import Mesh
+from longtake.model.checkpoint import complete_steps, load_model
+from longtake.model.config import ModelConfig
+from longtake.model.vlm import VisionLanguageModel
+from longtake.train.data import SampleError
+from longtake.train.trainer import StepLog, Trainer, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from tests.ranks import run_ranks
+from tests.training_files import conversation, run_config, write_rows
+
+Numbers = list[tuple[float, float]]
+GRID = {"ring": 2, "ulysses": 2}
+
+
+def numbers(logs: list[StepLog]) -> Numbers:
+    """Loss and gradient norm of each step."""
+    return [(entry.loss, entry.grad_norm) for entry in logs]
+
+
+def parameters(folder: Path) -> dict[str, Tensor]:
+    model = VisionLanguageModel(ModelConfig.load(folder))
+    load_model(folder, model)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+# ------------------------------------------------------------------------------------- interrupted runs
+
+
+def interrupt(rank: int, start: Path, rows: Path, folder: Path) -> tuple[Numbers, Numbers]:
+    """A run that goes through, and one that is lost after step 3, with a checkpoint of step 2, and continued."""
+    settings = run_config(start, rows, folder / "through", batch_size=1, accumulation=2, warmup=1, save_every=3, **GRID)
+    through = train(settings)
+    settings = replace(settings, out=folder / "killed")
+    killed = Trainer(settings, mesh := Mesh(ring=2, ulysses=2))
+    for _ in range(2):
+        killed.step()
+    killed.save()
+    killed.step()
+    killed.loader.close()
+    if rank == 0:
+        (settings.out / "step-000003.part").mkdir()
+        shutil.copytree(settings.out, folder / "elsewhere")
+    mesh.barrier()
+    return numbers(through), numbers(train(settings, continue_run=True))
+
+
+def continue_elsewhere(rank: int, start: Path, rows: Path, folder: Path) -> Numbers:
+    """The run that was lost, on another number of ranks."""
+    settings = run_config(start, rows, folder / "elsewhere", batch_size=1, accumulation=2, warmup=1, ring=2)
+    return numbers(train(settings, continue_run=True))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def interrupted(start: Path, conversations: Path, folder: Path) -> list[tuple[Numbers, Numbers]]:
+    return run_ranks(interrupt, 4, start, conversations, folder)
+
+
+def test_a_killed_run_continues_bit_for_bit(interrupted: list[tuple[Numbers, Numbers]], folder: Path) -> None:
+    for through, continued in interrupted:
+        assert len(through) == 4 and continued == through[2:]
+        assert through == interrupted[0][0]  # every rank says the same
+    expected, found = parameters(folder / "through"), parameters(folder / "killed")
+    assert not [name for name in expected if not found[name].equal(expected[name])]
+    assert [path.name for path in complete_steps(folder / "through")] == ["step-000003", "step-000004"]
+
+
+def test_a_killed_run_continues_on_another_world_size(
+    interrupted: list[tuple[Numbers, Numbers]], start: Path, conversations: Path, folder: Path
+) -> None:
+    for continued in run_ranks(continue_elsewhere, 2, start, conversations, folder):
+        # float32 sums in another order, and after them a step of AdamW, which divides small gradients by themselves
+        assert torch.tensor(continued).allclose(torch.tensor(interrupted[0][0][2:]), rtol=1e-4)
+
+
+def test_tensorboard_has_the_values_of_each_step(interrupted: list[tuple[Numbers, Numbers]], folder: Path) -> None:
+    board = EventAccumulator(str(folder / "through")).Reload()
+    for i, name in enumerate(("loss", "grad_norm")):
+        events = board.Scalars(name)
+        assert [event.step for event in events] == [1, 2, 3, 4]
+        values = [step[i] for step in interrupted[0][0]]
+        assert [event.value for event in events] == pytest.approx(values, rel=1e-6)  # stored as float32
+    for name in ("tokens_per_second", "frames_per_second", "memory_gib"):
+        assert all(event.value > 0 for event in board.Scalars(name))
+
+
+# ------------------------------------------------------------------------------------- the same run, split otherwise
+
+SAME = {
+    "accumulation 2": {"batch_size": 1, "accumulation": 2},
+    "model": {"shard": "model"},
+    "recompute": {"recompute": True},
+    "recompute, model": {"recompute": True, "shard": "model"},
+    "zigzag": {"layout": "zigzag"},
+    "contiguous relay": {"layout": "contiguous", "route": "relay"},
+    "ulysses": {"ring": 1, "ulysses": 2},
+    "data 2": {"ring": 1, "batch_size": 1},
+}
+
+
+def split(rank: int, start: Path, rows: Path, folder: Path) -> dict[str, Numbers]:
+    base = run_config(start, rows, folder, steps=2, ring=2)
+    found = {}
+    for name, fields in {"base": {}, **SAME}.items():
+        found[name] = numbers(train(replace(base, out=folder / name, **fields)))
+    return found
+
+
+def test_a_run_is_the_same_however_it_is_split(start: Path, conversations: Path, tmp_path: Path) -> None:
+    for found in run_ranks(split, 2, start, conversations, tmp_path):
+        base = found.pop("base")
+        assert found.keys() == SAME.keys() and base[0] != base[1]
+        assert found["recompute"] == base and found["recompute, model"] == found["model"]
+        for name, values in found.items():
+            difference = (torch.tensor(values) / torch.tensor(base) - 1).abs().amax(1)
+            assert difference[0] < 1e-5, name  # float32 sums in another order
+            assert difference[1] < 1e-4, name  # after a step of AdamW, which divides small gradients by themselves
+
+
+# ------------------------------------------------------------------------------------- stages on four ranks
+
+
+def all_stages(rank: int, start: Path, rows: Path, packed: Path, folder: Path) -> list[StepLog]:
+    logs, model = [], start
+    for name in ("1", "2", "3", "4", "4 whole", "5"):
+        stage = int(name[0])
+        data, low_rank = (packed, 0 if name == "4 whole" else None) if stage == 4 else (rows, None)
+        run = run_config(model, data, folder / name, stage=stage, steps=1, low_rank=low_rank, context=100, **GRID)
+        logs += train(run)
+        model = folder / ("3" if name == "4" else name)
+    return logs
+
+
+def test_five_stages_run_one_after_the_other_on_four_ranks(
+    start: Path, conversations: Path, packed: Path, tmp_path: Path
+) -> None:
+    logs = run_ranks(all_stages, 4, start, conversations, packed, tmp_path)[0]
+    assert len(logs) == 6 and all(0 < entry.loss < 20 and 0 < entry.grad_norm < 1e4 for entry in logs)
+    assert logs[3].loss == logs[4].loss  # the low-rank update is nothing at first
+    assert logs[3].max_tokens == 40 and logs[3].frames_per_second == 0
+
+
+# ------------------------------------------------------------------------------------- bad samples
+
+
+def train_on_bad_rows(rank: int, start: Path, rows: Path, folder: Path) -> dict[str, Any]:
+    """One of two rows is bad, a step has one: so every second step is empty."""
+    settings = run_config(start, rows, folder / "skip", batch_size=1, on_bad_sample="skip", ring=2)
+    logs = train(settings)
+    train(replace(settings, out=folder / "half", steps=2))
+    continued = train(replace(settings, out=folder / "half"), continue_run=True)
+    try:
+        train(replace(settings, out=folder / "stop", on_bad_sample="stop"))
+        error = ""
+    except SampleError as caught:
+        error = str(caught)
+    return {
+        "numbers": numbers(logs),
+        "skipped": [entry.skipped for entry in logs],
+        "continued": [entry.skipped for entry in continued],
+        "error": error,
+    }
+
+
+def test_bad_samples_are_skipped_and_counted_or_stop_every_rank(
+    start: Path, conversations: Path, tmp_path: Path
+) -> None:
+    rows = write_rows(conversations.with_name("one_bad.jsonl"), [conversation(0, [3]), {"conversations": "none"}])
+    for found in run_ranks(train_on_bad_rows, 2, start, rows, tmp_path):
+        assert sorted(found["numbers"])[:2] == [(0.0, 0.0)] * 2  # no sample, no loss, no step
+        assert all(loss > 0 and norm > 0 for loss, norm in sorted(found["numbers"])[2:])
+        assert found["skipped"] == sorted(found["skipped"]) and found["skipped"][1::2] == [1, 2]
+        assert found["continued"] == found["skipped"][2:]
+        assert "one_bad.jsonl: row 2: no list in field 'conversations'" in found["error"]
+
+
+# ------------------------------------------------------------------------------------- what a run refuses
+
+
+def test_a_run_refuses_what_it_cannot_start_from(start: Path, conversations: Path, tmp_path: Path) -> None:
+    settings = run_config(start, conversations, tmp_path / "out")
+    with pytest.raises(ValueError, match="ring 2 x ulysses 3 = 6 ranks do not divide a world of 1"):
+        train(replace(settings, ring=2, ulysses=3))
+    with pytest.raises(ValueError, match="nowhere is not a checkpoint"):
+        train(replace(settings, model=tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"nothing\.jsonl: no such file"):
+        train(replace(settings, data=tmp_path / "nothing.jsonl"))
+    with pytest.raises(ValueError, match="has a checkpoint already: continue it with --resume, or take another folder"):
+        train(replace(settings, out=start))
