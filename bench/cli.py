@@ -22,7 +22,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a subcommand. A user's mistake ends with one line on stderr and exit code 1; bad usage with 2; Ctrl-C with 130."""
+    """Run a subcommand. Exit codes: 1 and one line on stderr for a user's mistake, 2 for bad usage, 130 for Ctrl-C."""
     args = list(sys.argv[1:] if argv is None else argv)
     if args[:1] in (["--help"], ["-h"]):
         print(usage())

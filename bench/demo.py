@@ -43,9 +43,9 @@ COMMON: dict[str, Any] = {
     "context": 4096,
 }
 RECIPE: dict[int, dict[str, Any]] = {
-    1: {"steps": 120, "batch_size": 64, "learning_rate": 5e-3, "warmup": 12},
-    2: {"steps": 150, "batch_size": 64, "learning_rate": 1e-3, "warmup": 15},
-    3: {"steps": 200, "batch_size": 48, "learning_rate": 1e-3, "tower_learning_rate": 0.1, "warmup": 20},
+    1: {"steps": 60, "batch_size": 64, "learning_rate": 5e-3, "warmup": 8},
+    2: {"steps": 60, "batch_size": 64, "learning_rate": 1e-3, "warmup": 8},
+    3: {"steps": 120, "batch_size": 48, "learning_rate": 1e-3, "tower_learning_rate": 0.1, "warmup": 15},
     4: {
         "steps": 24,
         "batch_size": 8,
@@ -55,7 +55,7 @@ RECIPE: dict[int, dict[str, Any]] = {
         "rope_theta": 5e5,
         "low_rank": 0,
     },
-    5: {"steps": 140, "batch_size": 24, "learning_rate": 1e-3, "tower_learning_rate": 0.1, "warmup": 14}
+    5: {"steps": 100, "batch_size": 24, "learning_rate": 1e-3, "tower_learning_rate": 0.1, "warmup": 14}
     | {"num_frames": 256},
 }
 FRAMES = (8, 16, 32, 64, 128, 256, 512)
@@ -160,7 +160,7 @@ def start(demo: Demo, mesh: Mesh) -> dict[str, Any]:
         "steps": sum(map(len, losses.values())),
         "seconds": time.perf_counter() - begin,
         "max_frames": 1,
-        "max_tokens": 64,
+        "max_tokens": 192,
         "losses": losses,
     }
 

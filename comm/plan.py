@@ -52,7 +52,7 @@ def direct(needed: Sequence[Sequence[Tensor]], rank: int) -> list[Step]:
         num_send_rows = needed[target][rank].numel() if shift else 0
         step = Step(
             source=source,
-            rows=compact(needed[rank][source]),
+            rows=compact(needed[rank][source]) if shift else None,  # of one's own shard all, seen or not
             num_rows=num_rows,
             recv_from=source if shift and num_rows else None,
             send_to=target if num_send_rows else None,

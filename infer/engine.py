@@ -172,8 +172,6 @@ class Engine:
             positions = slots.cu_seqlens[active] + slots.prompt_lengths[active] + step
             hidden = self._decode(slots, cache, positions, tokens)
 
-    # ------------------------------------------------------------------------------------------- prefill
-
     def _prefill(self, slots: Slots, read_frames: ReadFrames) -> tuple[KeyValueCache, Tensor]:
         """Run the prompts. Returns the cache and the hidden state [num_prompts, C] of each prompt's last token."""
         chunks = self._chunks(slots)
@@ -239,8 +237,6 @@ class Engine:
         parts = self.mesh.gather_objects((positions, hidden.cpu()), "sp")
         order = torch.cat([p for p, _ in parts]).argsort()
         return torch.cat([h for _, h in parts])[order].to(self.mesh.device)
-
-    # -------------------------------------------------------------------------------------------- decode
 
     def _decode(self, slots: Slots, cache: KeyValueCache, positions: Tensor, tokens: Tensor) -> Tensor:
         """One more token [B] of the documents at slots `positions` [B]. Every rank runs them; attention is shared."""

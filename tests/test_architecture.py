@@ -7,14 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ABOVE = {
-    "kernels": 0,
-    "comm": 0,
-    "model": 1,
-    "train": 2,
-    "infer": 2,
-    "bench": 3,
-}  # a folder imports lower numbers alone
+# A folder imports from those with a lower number alone.
+ABOVE = {"kernels": 0, "comm": 0, "model": 1, "train": 2, "infer": 2, "bench": 3}
 MODULES = sorted(path for folder in ABOVE for path in (ROOT / folder).rglob("*.py"))
 MAX_LINES = 400
 

@@ -1,4 +1,4 @@
-"""The least that a training run starts from: a checkpoint with its tokenizer, videos and talk about them, packed text."""
+"""The least that a training run starts from: a checkpoint, conversations about videos, packed text."""
 
 import json
 from collections.abc import Sequence

@@ -220,6 +220,7 @@ def _write(entry: StepLog, board: SummaryWriter | None) -> None:
         return
     for key, value in vars(entry).items():
         board.add_scalar(key, value, entry.step)
+    board.flush()  # a run that is killed and resumed does not write this step again
     log.info(
         "step %d  loss %.4f  grad norm %.3f  %.0f tokens/s  %.0f frames/s  %.2f GiB",
         *list(vars(entry).values())[:6],

@@ -124,9 +124,7 @@ def test_a_folder_that_is_no_checkpoint_is_named(folder: Path, written: dict[str
 def test_another_models_checkpoint_is_refused(folder: Path, written: dict[str, Tensor]) -> None:
     model = random_model(tiny_config(), seed=3)
     add_low_rank(model.llm, rank=2, alpha=4)
-    with pytest.raises(
-        ValueError, match=r"of another model, or of an unfinished low-rank stage: .*lora_a"
-    ):
+    with pytest.raises(ValueError, match=r"of another model, or of an unfinished low-rank stage: .*lora_a"):
         load_model(folder, model)
 
 

@@ -115,7 +115,8 @@ SAME = {
 
 def split(rank: int, start: Path, rows: Path, folder: Path) -> dict[str, Numbers]:
     base = run_config(start, rows, folder, steps=2, ring=2)
-    found = {}
+    model, found = Trainer(replace(base, recompute=True), Mesh(ring=2)).model, {}
+    assert model.llm.recompute and model.vision_tower.recompute
     for name, fields in {"base": {}, **SAME}.items():
         found[name] = numbers(train(replace(base, out=folder / name, **fields)))
     return found
