@@ -17,7 +17,9 @@ def failures(report: dict) -> list[str]:
         bad.append(f"the grid covers {sorted(trained)} frames, not 8 to {TRAINED}")
     if mean < 0.95:
         bad.append(f"long model finds {mean:.3f} of the needles from 8 to {TRAINED} frames, must be 0.95")
-    bad += [f"long model finds {row:.3f} at {frames} frames, must be 0.90" for frames, row in trained.items() if row < 0.9]
+    bad += [
+        f"long model finds {row:.3f} at {frames} frames, must be 0.90" for frames, row in trained.items() if row < 0.9
+    ]
     for name in ("short", "long"):
         control = [cell for row in report["needle"][name]["control"] for cell in row]
         found = sum(control) / len(control)

@@ -45,7 +45,7 @@ MIXES = {
     1: Mix(num_clips=2560, lengths={1: 1.0}, captions=True, blank=0.15),
     2: Mix(num_clips=2560, lengths={1: 1.0}),
     3: Mix(num_clips=2400, lengths={1: 0.25, 2: 0.19, 4: 0.19, 8: 0.37}),
-    5: Mix(num_clips=800, lengths={frames: 16 / frames for frames in (16, 32, 64, 128, 256)}),
+    5: Mix(num_clips=1200, lengths={16: 0.34, 32: 0.26, 64: 0.18, 128: 0.13, 256: 0.09}),
 }
 
 

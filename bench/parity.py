@@ -4,11 +4,11 @@ from dataclasses import replace
 
 from ..comm.mesh import Mesh
 from ..model.checkpoint import load_model
-from ..model.config import ModelConfig
 from ..model.vlm import VisionLanguageModel
 from ..train.config import TrainConfig
 from ..train.loader import StepLoader
 from ..train.optimizer import clip_gradients
+from ..train.stages import freeze_for
 from ..train.trainer import Trainer, compute_gradients
 
 
@@ -20,8 +20,9 @@ def parity(config: TrainConfig, mesh: Mesh) -> dict[str, dict[str, float]]:
     trainer = Trainer(config, mesh)
     many = _measure(trainer.model, trainer.loader, mesh)
     alone = Mesh(device=mesh.device, alone=True)
-    model = VisionLanguageModel(ModelConfig.load(config.model))
+    model = VisionLanguageModel(trainer.model_config)
     load_model(config.model, model)
+    freeze_for(config.plan, model)
     one_rank = replace(config, ring=1, ulysses=1, batch_size=config.batch_size * mesh.data)
     loader = StepLoader(
         trainer.loader.dataset,

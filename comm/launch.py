@@ -79,9 +79,9 @@ def _join(body: Callable[..., Any], args: tuple[Any, ...], timeout: timedelta) -
 
 def _start(body: Callable[..., Any], args: tuple[Any, ...], world_size: int, timeout: timedelta) -> Any:
     multiprocessing.set_forkserver_preload(["torch", "torch.distributed", body.__module__])
-    elastic_logger = logging.getLogger("torch.distributed.elastic")
-    elastic_logger.addHandler(logging.NullHandler())  # what it would log is raised below
-    elastic_logger.propagate = False
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).addHandler(logging.NullHandler())  # what they would log is raised below
+        logging.getLogger(name).propagate = False
     with tempfile.TemporaryDirectory() as folder:
         config = LaunchConfig(
             min_nodes=1,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -116,4 +117,8 @@ def resume(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, 
 def _dcp_call(call: Any, state: dict[str, Any], path: Path, mesh: Mesh | None) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # by us, where one rank is enough
-        call(state, checkpoint_id=path, no_dist=mesh is None or mesh.world_size == 1)
+        try:
+            call(state, checkpoint_id=path, no_dist=mesh is None or mesh.world_size == 1)
+        except CheckpointException as error:  # a BaseException, which nobody expects
+            rank, (reason, _) = next(iter(error.failures.items()))
+            raise ValueError(f"{path}: {call.__name__} failed on rank {rank}: {reason}") from error

@@ -107,7 +107,7 @@ def test_direct_sends_a_quarter_less_than_the_rotation_for_a_causal_zigzag(ring:
 
 def test_rows_of_a_causal_zigzag_are_slices() -> None:
     needed = needed_rows(zigzag(512, ring=4), torch.tensor([0, 512]))
-    assert all(isinstance(step.rows, slice) for rank in range(4) for step in direct(needed, rank))
+    assert all(isinstance(step.rows, slice) for rank in range(4) for step in direct(needed, rank)[1:])
 
 
 def test_nothing_travels_for_documents_that_sit_whole_on_a_rank() -> None:

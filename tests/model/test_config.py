@@ -31,9 +31,7 @@ def test_defaults_are_so400m_and_qwen2_1_5b():
     assert config.tokens_per_frame == 196
 
 
-@pytest.mark.parametrize(
-    ("image_size", "patch_size", "tokens"), [(448, 14, 256), (32, 8, 4), (8, 8, 1), (31, 8, 4)]
-)
+@pytest.mark.parametrize(("image_size", "patch_size", "tokens"), [(448, 14, 256), (32, 8, 4), (8, 8, 1), (31, 8, 4)])
 def test_tokens_per_frame(image_size, patch_size, tokens):
     vision = {"image_size": image_size, "patch_size": patch_size}
     assert tiny(vision=vision).tokens_per_frame == tokens

@@ -80,9 +80,7 @@ def test_rotation_depends_on_the_distance_alone_even_at_a_million_tokens():
     scores = []
     for start in (0, 2**20):
         cos, sin = rotary_angles(torch.tensor([start, start + 37]), head_dim=64, theta=1e4)
-        scores.append(
-            apply_rotary(q, cos[1:], sin[1:]).flatten() @ apply_rotary(k, cos[:1], sin[:1]).flatten()
-        )
+        scores.append(apply_rotary(q, cos[1:], sin[1:]).flatten() @ apply_rotary(k, cos[:1], sin[:1]).flatten())
     # cos and sin are rounded to float32; float32 angles would be off by 0.03 here
     torch.testing.assert_close(scores[1], scores[0], rtol=0, atol=1e-5)
 

@@ -68,9 +68,7 @@ def test_low_rank_parts_embeddings_and_norms_train_and_nothing_else():
     add_low_rank(model)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     whole = {n for n, _ in model.named_parameters() if "embed_tokens" in n or "norm" in n}
-    low_rank = {
-        f"model.layers.{i}.self_attn.{p}_proj.lora_{ab}" for i in range(2) for p in "qkvo" for ab in "ab"
-    }
+    low_rank = {f"model.layers.{i}.self_attn.{p}_proj.lora_{ab}" for i in range(2) for p in "qkvo" for ab in "ab"}
     assert trained == whole | low_rank
 
 
@@ -85,9 +83,7 @@ def test_merging_leaves_plain_layers_of_the_same_output():
     assert list(model.state_dict()) == names
     assert all(type(m) is nn.Linear for m in model.modules() if isinstance(m, nn.Linear))
     # float32: one product with W + BA in place of two
-    torch.testing.assert_close(
-        run(model, ids), before, rtol=1e-4, atol=1e-4 * float(before.detach().abs().max())
-    )
+    torch.testing.assert_close(run(model, ids), before, rtol=1e-4, atol=1e-4 * float(before.detach().abs().max()))
 
 
 @pytest.mark.parametrize(

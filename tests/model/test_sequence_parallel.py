@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from torch import Tensor
-
 from longtake.comm.layout import Layout, balanced, contiguous, zigzag
 from longtake.comm.mesh import Mesh
 from longtake.kernels.attention import attention
 from longtake.model.sequence_parallel import parallel_attention
 from longtake.model.ulysses import HeadSplit
+from torch import Tensor
+
 from tests.ranks import run_ranks
 
 GRIDS = [(1, 2), (2, 1), (2, 2), (4, 1), (1, 4), (3, 1)]
@@ -49,9 +49,7 @@ def gradients(call, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tenso
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
 
 
-def compare_with_one_rank(
-    rank: int, ring: int, ulysses: int, num_heads: int, num_kv_heads: int
-) -> dict[str, float]:
+def compare_with_one_rank(rank: int, ring: int, ulysses: int, num_heads: int, num_kv_heads: int) -> dict[str, float]:
     mesh, errors = Mesh(ring=ring, ulysses=ulysses), {}
     num_tokens = sum(LENGTHS)
     whole = inputs(num_tokens, num_heads, num_kv_heads)
@@ -67,9 +65,7 @@ def compare_with_one_rank(
                     *mine,
                 )
                 worst = max(
-                    float((f - layout.shard(e, mesh.sp_rank)).abs().max() / e.abs().max())
-                    if f.numel()
-                    else 0.0
+                    float((f - layout.shard(e, mesh.sp_rank)).abs().max() / e.abs().max()) if f.numel() else 0.0
                     for f, e in zip(found, expected, strict=True)
                 )
                 errors[f"{mask_name}, {name}, {route}"] = worst
@@ -153,9 +149,7 @@ def test_only_visible_rows_travel() -> None:
     assert sent["direct", 256] == 0  # documents that sit whole on one rank
 
 
-@pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "degree"), [(28, 4, 8), (7, 1, 2), (12, 2, 5), (4, 4, 8)]
-)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "degree"), [(28, 4, 8), (7, 1, 2), (12, 2, 5), (4, 4, 8)])
 def test_every_head_has_one_owner_and_its_kv_head(num_heads: int, num_kv_heads: int, degree: int) -> None:
     split = HeadSplit(num_heads, num_kv_heads, degree)
     owned = [h for s in split.q for h in range(s.start, s.stop)]
