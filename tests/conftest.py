@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.training_files import write_conversations, write_start, write_text
+
+torch.set_num_threads(1)  # as the ranks that tests start: sums are the same to the bit
 
 
 @pytest.fixture(scope="session")
