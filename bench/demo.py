@@ -23,6 +23,7 @@ from ..infer.needle import NeedleGrid, Trials, evaluate, write_trials
 from ..model.chat import build_tokenizer, load_tokenizer, media_token_id
 from ..model.checkpoint import Progress, save
 from ..model.init import init
+from ..model.media import probe
 from ..model.vlm import VisionLanguageModel
 from ..train.config import TrainConfig
 from ..train.stages import STAGES
@@ -82,9 +83,18 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--video", type=Path, help="your own video as the haystack")
     add_grid(parser)
     demo = Demo(**vars(parser.parse_args(argv)))
+    check(demo)
     report = launch(run, demo, world_size=demo.ring * demo.ulysses)
     if report is not None:
         print(f"report: {demo.out / 'report.html'}")
+
+
+def check(demo: Demo) -> None:
+    """Raises ValueError, before anything is removed, for a folder of something else or a video that cannot be read."""
+    if demo.video is not None:
+        probe(demo.video)
+    if demo.out.exists() and any(demo.out.iterdir()) and not (demo.out / "stage0").is_dir():
+        raise ValueError(f"{demo.out} is not empty and holds no earlier demo: take another folder with --out")
 
 
 def run(demo: Demo) -> dict[str, Any] | None:
