@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..comm.layout import Layout, balanced
 from ..comm.mesh import Mesh
-from ..kernels.attention import block_forward
+from ..kernels.backend import block_forward
 from ..kernels.visibility import Visibility, mask_bounds
 from ..model.attention_plan import plan_attention
 from ..model.batch import Document, packed_frame_starts

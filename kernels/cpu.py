@@ -9,6 +9,7 @@ than 1 is silently misread.
 import torch
 from torch import Tensor
 
+from .backend import running
 from .tiles import Kind, Tile
 from .visibility import Visibility
 
@@ -54,8 +55,9 @@ def forward(
     *,
     scale: float,
     state: tuple[Tensor, Tensor] | None = None,
+    final: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """See `attention.block_forward`. Updates `state` in place."""
+    """See `backend.block_forward`. Updates `state` in place."""
     q, k, v = operand(q), operand(k), operand(v)
     out, lse = state or (torch.zeros_like(q), q.new_full((q.shape[1], q.shape[0]), -torch.inf))
     if q.numel() == 0:
@@ -100,14 +102,15 @@ def backward(
     visibility: Visibility,
     *,
     scale: float,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
     dlse: Tensor | None = None,
-) -> None:
-    """See `attention.block_backward`. Adds into dq, dk, dv."""
+    final: bool = False,
+    deterministic: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `backend.block_backward`."""
+    dq, dk, dv = running(grads, q, k, v)
     if q.numel() == 0:
-        return
+        return dq, dk, dv
     head_dim = q.shape[-1]
     q, k, v, out, dout = operand(q), operand(k), operand(v), operand(out), operand(dout)
     if dlse is not None:
@@ -130,6 +133,7 @@ def backward(
         targets = query_rows(tile, dq), key_rows(tile, dk), key_rows(tile, dv)
         for target, part in zip(targets, parts, strict=True):
             target.add_(part[..., :head_dim])
+    return dq, dk, dv
 
 
 def carry_dlse(

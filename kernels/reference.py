@@ -6,6 +6,7 @@ lse_i = log sum_j e^(s_ij),  out_i = sum_j e^(s_ij - lse_i) v_j,  s_ij = scale q
 import torch
 from torch import Tensor
 
+from .backend import running
 from .visibility import Visibility
 
 
@@ -26,8 +27,9 @@ def forward(
     *,
     scale: float,
     state: tuple[Tensor, Tensor] | None = None,
+    final: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """See `attention.block_forward`. Updates `state` in place."""
+    """See `backend.block_forward`. Updates `state` in place."""
     if state is None:
         dtype = torch.promote_types(q.dtype, torch.float32)
         state = (
@@ -58,14 +60,15 @@ def backward(
     visibility: Visibility,
     *,
     scale: float,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
     dlse: Tensor | None = None,
-) -> None:
-    """See `attention.block_backward`. Adds into dq, dk, dv."""
+    final: bool = False,
+    deterministic: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `backend.block_backward`."""
+    dq, dk, dv = running(grads, q, k, v)
     if q.numel() == 0:
-        return
+        return dq, dk, dv
     scores = grouped(q, k, visibility, scale)
     heads = scores.shape[:2]
     norm = lse.double().masked_fill(lse == -torch.inf, 0).unflatten(0, heads)
@@ -79,3 +82,4 @@ def backward(
     dq += torch.einsum("hgqk,khd->qhgd", ds, k.double()).flatten(1, 2)
     dk += torch.einsum("hgqk,qhgd->khd", ds, q)
     dv += torch.einsum("hgqk,qhgd->khd", p, dout)
+    return dq, dk, dv

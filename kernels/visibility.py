@@ -4,8 +4,10 @@ A mask is two non-decreasing rows of *global* key positions, `lo <= position <= 
 tokens in increasing position, what a row sees is one range of *local* key indices, `start <= j < end`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +32,12 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
         raise ValueError(f"cu_seqlens must end at the number of tokens, {num_tokens}, got {last}")
 
 
+def check_window(window: int | None) -> None:
+    """Raises ValueError for one that hides everything."""
+    if window is not None and window <= 0:
+        raise ValueError(f"window must be at least 1 (a token sees itself), got {window}; None: no window")
+
+
 def document_bounds(
     positions: Tensor, first: Tensor, last: Tensor, *, causal: bool = False, window: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -37,8 +45,7 @@ def document_bounds(
 
     A position may lie before its document's keys (more queries than keys). A row that sees nothing has lo = hi + 1.
     """
-    if window is not None and window <= 0:
-        raise ValueError(f"window must be at least 1 (a token sees itself), got {window}; None: no window")
+    check_window(window)
     lo, hi = first, last
     if window is not None:
         lo, hi = torch.maximum(lo, positions - window + 1), torch.minimum(hi, positions + window - 1)
@@ -95,6 +102,7 @@ class Visibility:
     end: Tensor
     kstart: Tensor
     kend: Tensor
+    _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_bounds(cls, lo: Tensor, hi: Tensor, key_positions: Tensor) -> "Visibility":
@@ -110,6 +118,41 @@ class Visibility:
     def area(self) -> int:
         """Number of visible (query, key) pairs."""
         return int((self.end - self.start).sum(dtype=torch.int64))
+
+    def memo(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returned when it was first asked for under `key`: kept as long as the mask is."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
+
+    @cached_property
+    def transposed(self) -> "Visibility":
+        """The same mask with keys as rows: what a kernel that walks the queries of a key tile works on."""
+        return Visibility(self.kstart, self.kend, self.start, self.end)
+
+    def tile_spans(self, rows: int) -> Tensor:
+        """Keys that each tile of `rows` query rows spans, hidden ones between included: int32 [ceil(Tq / rows)]."""
+        last = torch.arange(rows - 1, len(self.end) + rows - 1, rows, device=self.end.device)
+        return self.end[last.clamp_(max=len(self.end) - 1)] - self.start[::rows]
+
+    def longest_first(self, rows: int) -> Tensor:
+        """Numbers of the tiles of `rows` query rows, those that span most keys first: int32 [ceil(Tq / rows)].
+
+        Made on the device without a wait, on first use. Kernels take their tiles in this order, so that the short
+        ones fill the chip at the end (longest processing time first), whatever the mask.
+        """
+        return self.memo(
+            ("longest_first", rows), lambda: self.tile_spans(rows).argsort(descending=True, stable=True).int()
+        )
+
+    def visited(self, rows: int, keys: int) -> int:
+        """Pairs of a query tile of `rows` and a key tile of `keys` that a kernel visits; waits for the device once."""
+
+        def count() -> int:
+            tiles = (self.tile_spans(rows) + keys - 1).div(keys, rounding_mode="floor")
+            return int(tiles.sum(dtype=torch.int64))
+
+        return self.memo(("visited", rows, keys), count)
 
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:

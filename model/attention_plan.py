@@ -28,6 +28,7 @@ class AttentionPlan:
     steps: tuple[Step, ...]
     visibility: tuple[Visibility, ...]
     backend: str | None = None
+    deterministic: bool = True
 
 
 def plan_attention(
@@ -41,6 +42,7 @@ def plan_attention(
     cu_seqlens: Tensor | None = None,
     route: Route = "direct",
     backend: str | None = None,
+    deterministic: bool = True,
 ) -> AttentionPlan:
     """Plan attention over a sequence of num_tokens, from who holds what.
 
@@ -68,7 +70,7 @@ def plan_attention(
         steps = relay([len(part) for part in keys], me)
     visibility = [Visibility.from_bounds(*bounds[me], take(keys[step.source], step.rows)) for step in steps]
     counts = tuple(len(q) for q in queries[me * group : (me + 1) * group])
-    return AttentionPlan(mesh, route, counts, tuple(steps), tuple(visibility), backend)
+    return AttentionPlan(mesh, route, counts, tuple(steps), tuple(visibility), backend, deterministic)
 
 
 def holdings(layout: Layout) -> tuple[list[Tensor], list[Tensor]]:

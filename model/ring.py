@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..comm.plan import Step
 from ..comm.transport import Handle
-from ..kernels.attention import block_backward, block_forward
+from ..kernels.backend import block_backward, block_forward
 from ..kernels.visibility import Visibility
 from .attention_plan import AttentionPlan, take
 
@@ -24,13 +24,16 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
         state = None
-        for _, visibility, k_block, v_block in _blocks(plan, k, v):
-            state = block_forward(q, k_block, v_block, visibility, scale=scale, state=state, backend=plan.backend)
+        for step, visibility, k_block, v_block in _blocks(plan, k, v):
+            final = step is plan.steps[-1]
+            state = block_forward(
+                q, k_block, v_block, visibility, scale=scale, state=state, final=final, backend=plan.backend
+            )
         assert state is not None
         out, lse = state
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.scale = plan, scale
-        return out.to(q.dtype)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -39,7 +42,18 @@ class _RingAttention(torch.autograd.Function):
         home = (_DirectReturn if plan.route == "direct" else _RelayReturn)(plan)
         for step, visibility, k_block, v_block in _blocks(plan, k, v):
             dq, dk, dv = block_backward(
-                q, k_block, v_block, out, lse, dout, visibility, scale=ctx.scale, dq=dq, backend=plan.backend
+                q,
+                k_block,
+                v_block,
+                out,
+                lse,
+                dout,
+                visibility,
+                scale=ctx.scale,
+                grads=(dq, None, None),
+                final=len(plan.steps) == 1,
+                deterministic=plan.deterministic,
+                backend=plan.backend,
             )
             home.deliver(step, dk, dv)
         assert dq is not None

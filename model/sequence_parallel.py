@@ -25,11 +25,13 @@ def parallel_attention(
     cu_seqlens: Tensor | None = None,
     route: Route = "direct",
     backend: str | None = None,
+    deterministic: bool = True,
 ) -> Tensor:
     """Exact attention over a sequence whose tokens `layout` deals out to the ranks of `mesh`.
 
     q [B, S_local, Hq, D], k, v [B, S_local, Hkv, D] (or packed, without B): this rank's tokens, all heads.
-    cu_seqlens [num_documents + 1] bounds the packed documents of the whole sequence. Returns out like q.
+    cu_seqlens [num_documents + 1] bounds the packed documents of the whole sequence. backend, deterministic: as in
+    `kernels.attention.attention`. Returns out like q.
     Differentiable in q, k and v. Raises ValueError for shapes that do not fit each other or the layout.
     """
     plan = plan_attention(
@@ -41,6 +43,7 @@ def parallel_attention(
         cu_seqlens=cu_seqlens,
         route=route,
         backend=backend,
+        deterministic=deterministic,
     )
     if q.dim() == 3:
         return planned_attention(q, k, v, plan, scale=scale)

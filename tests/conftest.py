@@ -1,6 +1,9 @@
 """Files that many tests read and none changes."""
 
+import os
 from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels run on the CPU here, and in ranks started here
 
 import pytest
 import torch

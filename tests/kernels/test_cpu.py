@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from longtake.kernels.attention import block_backward, block_forward
+from longtake.kernels.backend import block_backward, block_forward
 from longtake.kernels.visibility import Visibility
 from torch import Tensor
 
@@ -141,7 +141,7 @@ def test_carried_state_over_key_blocks_is_one_call(cuts: list[int], backend: str
     assert state is not None
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for a, b, visibility in parts:
-        into = {"dq": dq, "dk": dk[a:b], "dv": dv[a:b]}
+        into = {"grads": (dq, dk[a:b], dv[a:b])}
         block_backward(q, k[a:b], v[a:b], *state, dout, visibility, scale=SCALE, dlse=dlse, backend=backend, **into)
     assert_near((*state, dq, dk, dv), expected(tensors, whole))
 
@@ -165,7 +165,7 @@ def test_state_is_updated_in_place_and_gradients_are_added() -> None:
     torch.testing.assert_close(state[1], once + torch.tensor(2.0).log())
     dq = torch.ones_like(q)
     plain, *_ = block_backward(q, k, v, *state, dout, visibility, scale=SCALE)
-    added, *_ = block_backward(q, k, v, *state, dout, visibility, scale=SCALE, dq=dq)
+    added, *_ = block_backward(q, k, v, *state, dout, visibility, scale=SCALE, grads=(dq, None, None))
     assert added is dq
     torch.testing.assert_close(dq, plain + 1)
 

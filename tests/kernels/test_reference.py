@@ -1,6 +1,6 @@
 import pytest
 import torch
-from longtake.kernels.attention import block_backward, block_forward
+from longtake.kernels.backend import block_backward, block_forward
 from longtake.kernels.visibility import Visibility
 from torch import Tensor
 

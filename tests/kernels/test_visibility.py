@@ -92,3 +92,21 @@ def test_queries_before_their_documents_keys_see_nothing_and_keep_the_order(wind
     visibility = Visibility.from_bounds(lo, hi, torch.arange(6))
     seen = (visibility.end - visibility.start).tolist()
     assert seen == [0, 0, 1, 2, 3 if window is None else 2] * 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(("rows", "keys"), [(1, 1), (8, 4), (16, 32)])
+def test_the_schedule_takes_every_tile_once_longest_first(seed: int, rows: int, keys: int) -> None:
+    visibility = random_visibility(seed)
+    starts, ends = visibility.start.split(rows), visibility.end.split(rows)
+    spans = [int(end[-1] - start[0]) for start, end in zip(starts, ends, strict=True) if len(start)]
+    order = visibility.longest_first(rows)
+    assert sorted(order.tolist()) == list(range(len(spans)))
+    assert [spans[tile] for tile in order] == sorted(spans, reverse=True)
+    assert visibility.visited(rows, keys) == sum(-(-span // keys) for span in spans)
+    assert order.dtype == torch.int32
+
+
+def test_transposed_swaps_rows_and_keys() -> None:
+    visibility = random_visibility(3)
+    assert torch.equal(dense(visibility.transposed), dense(visibility).T)

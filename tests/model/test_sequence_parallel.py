@@ -49,18 +49,28 @@ def gradients(call, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tenso
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
 
 
-def compare_with_one_rank(rank: int, ring: int, ulysses: int, num_heads: int, num_kv_heads: int) -> dict[str, float]:
+def compare_with_one_rank(
+    rank: int,
+    ring: int,
+    ulysses: int,
+    num_heads: int,
+    num_kv_heads: int,
+    backend: str | None = None,
+    only_masks: tuple[str, ...] = (),
+) -> dict[str, float]:
     mesh, errors = Mesh(ring=ring, ulysses=ulysses), {}
     num_tokens = sum(LENGTHS)
     whole = inputs(num_tokens, num_heads, num_kv_heads)
     for mask_name, mask in masks().items():
+        if only_masks and mask_name not in only_masks:
+            continue
         expected = gradients(lambda q, k, v, mask=mask: attention(q, k, v, **mask), *whole)
         for name, layout in layouts(torch.tensor([0, *LENGTHS]).cumsum(0), ring, ulysses).items():
             mine = [layout.shard(x, mesh.sp_rank) for x in whole]
             for route in ("direct", "relay"):
                 found = gradients(
                     lambda q, k, v, mask=mask, layout=layout, route=route: parallel_attention(
-                        q, k, v, mesh=mesh, layout=layout, route=route, **mask
+                        q, k, v, mesh=mesh, layout=layout, route=route, backend=backend, **mask
                     ),
                     *mine,
                 )
@@ -78,6 +88,13 @@ def test_equals_one_rank(ring: int, ulysses: int) -> None:
     for errors in run_ranks(compare_with_one_rank, ring * ulysses, ring, ulysses, num_heads, num_kv_heads):
         assert not {case: error for case, error in errors.items() if error > TOLERANCE}
         assert len(errors) == 30
+
+
+def test_the_triton_kernels_equal_one_rank_too() -> None:
+    """A whole 2D step, forward and backward, with interpreted kernels against the CPU backend on one rank."""
+    for errors in run_ranks(compare_with_one_rank, 4, 2, 2, 6, 2, "triton", ("packed",), timeout=300):
+        assert not {case: error for case, error in errors.items() if error > TOLERANCE}
+        assert len(errors) == 6
 
 
 def batched_and_tiny(rank: int) -> list[float]:

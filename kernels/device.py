@@ -1,0 +1,20 @@
+"""What a kernel's host side asks about the device. CPU tensors stand for a GPU under the interpreter."""
+
+import torch
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Number of SMs; for the CPU that of an H100."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def architecture(device: torch.device) -> str:
+    """The family whose candidates run there: "hopper", "ampere" for every other GPU, "interpreter" for the CPU."""
+    if device.type != "cuda":
+        return "interpreter"
+    return "hopper" if torch.cuda.get_device_capability(device)[0] == 9 else "ampere"
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being recorded, when nothing may be read back."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
