@@ -46,10 +46,10 @@ _ROWS: dict[tuple[str, str, tuple[str, ...]], list[tuple[tuple[int, ...], Config
         ((64, *SPLIT, 128), Config("flash_dq", 128, 64, 8, 2), 0.300),
         ((256,), Config("flash_dq", 64, 64, 8, 2), 0.600),
     ],
-    ("interpreter", "forward", (*HALF, *FLOAT)): [(ALL, Config("flash_forward", 32, 32, 4, 2), 1.0)],
-    ("interpreter", "decode", (*HALF, *FLOAT)): [(ALL, Config("decode", 1, 32, 4, 2), 1.0)],
-    ("interpreter", "dkdv", (*HALF, *FLOAT)): [(ALL, Config("flash_dkdv", 32, 32, 4, 2), 1.0)],
-    ("interpreter", "dq", (*HALF, *FLOAT)): [(ALL, Config("flash_dq", 32, 32, 4, 2), 1.0)],
+    ("interpreter", "forward", (*HALF, *FLOAT)): [(ALL, Config("flash_forward", 64, 64, 4, 2), 1.0)],
+    ("interpreter", "decode", (*HALF, *FLOAT)): [(ALL, Config("decode", 1, 64, 4, 2), 1.0)],
+    ("interpreter", "dkdv", (*HALF, *FLOAT)): [(ALL, Config("flash_dkdv", 64, 64, 4, 2), 1.0)],
+    ("interpreter", "dq", (*HALF, *FLOAT)): [(ALL, Config("flash_dq", 64, 64, 4, 2), 1.0)],
 }
 
 
