@@ -1,13 +1,19 @@
-# make test: install, lint, types, tests.   make demo: install, then the whole system on this machine.
+# make test: install, lint, types, tests.   make slow: the tests that take longer.   make demo: the whole system here.
+# make newest: what the newest Triton makes of the kernels, in an environment of its own.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+NEWEST := .venv-newest
+NEWEST_TRITON := 3.9.0
 
-.PHONY: test lint demo clean
+.PHONY: test slow lint demo newest clean
 
 test: lint
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -m "not slow"
+
+slow: $(INSTALLED)
+	$(BIN)/pytest -q -m slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -16,6 +22,15 @@ lint: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/longtake demo --ring 2 --ulysses 2
+
+newest: $(NEWEST)/.installed
+	$(NEWEST)/bin/longtake bench compiled --check
+
+$(NEWEST)/.installed: $(INSTALLED)
+	$(PYTHON) -m venv $(NEWEST)
+	grep -v '^triton==' constraints.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/pip install --quiet --constraint $(NEWEST)/constraints.txt --editable . triton==$(NEWEST_TRITON)
+	@touch $@
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "longtake needs Python 3.11 or later: '$(PYTHON)' not found (make PYTHON=/path/to/python)" >&2; exit 1; }
@@ -26,4 +41,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info runs
+	rm -rf $(VENV) $(NEWEST) build *.egg-info runs

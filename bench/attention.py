@@ -1,15 +1,26 @@
-"""`longtake bench attention`: the attention of one device against PyTorch's own, time and peak memory.
+"""`longtake bench attention`: our attention beside that of others, on this machine's GPU or, without one, its CPU.
 
-    python -m longtake.bench.attention [--lengths 4096,16384,65536] [--json FILE]
+On a GPU, in this order: every kernel that ships against float64 on poisoned memory, some under compute-sanitizer,
+then times in turns with PyTorch's, FlexAttention's and, where installed, FlashAttention's kernels. A table comes on
+stdout, JSON and a plot in bench/results/. Exit code 1: something of ours is wrong, and named; it is not timed.
 
-Both run in turns on the same causal input. Memory is the growth of a fresh process's peak, inputs and gradients
-included; lengths above `--longest-timed` are measured for memory alone.
+On a CPU: time and peak memory of causal attention beside PyTorch's. Memory is the growth of a fresh process's peak,
+inputs and gradients included; lengths above --longest-timed are measured for memory alone.
+
+    longtake bench attention                                  all of it, in 9 minutes on an H100
+    longtake bench attention --quick                          2 minutes: a shape of each kind
+    longtake bench attention --only 'ring-*,d128-causal-8k'   these alone; one direction: d128-causal-8k-backward
+    longtake bench attention --dry-run                        no GPU: every step, on tiny shapes in Triton's interpreter
+    ncu --profile-from-start off --set full -o report \\
+        longtake bench attention --only d128-causal-8k-forward --profile gluon
 """
 
 import argparse
 import json
 import multiprocessing
+import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -118,15 +129,74 @@ def line(cells: Sequence[str]) -> str:
     return "{:<15} {:<15} {:<17} {:>9} {:>8} {:>9} {:>6} {:>9}".format(*cells)
 
 
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="longtake bench attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="write the table here too (GPU: default a file in bench/results, with a plot beside it; --dry-run: in a "
+        "temporary folder)",
+    )
+    gpu = parser.add_argument_group("on a GPU")
+    gpu.add_argument("--quick", action="store_true", help="a shape of each kind, small checks, no compute-sanitizer")
+    gpu.add_argument("--only", type=lambda text: tuple(text.split(",")), default=(), help="names of shapes, * fits all")
+    gpu.add_argument("--minutes", type=float, help="start no shape after these (8.5; --quick: 2)")
+    gpu.add_argument(
+        "--profile",
+        nargs="?",
+        const="triton",
+        metavar="WHO",
+        help="call WHO (triton) on the first shape of --only, between cudaProfilerStart and Stop, and do nothing else",
+    )
+    gpu.add_argument("--dry-run", action="store_true", help="rehearse it all without a GPU; times are made up")
+    gpu.add_argument("--sanitize", action="store_true", help="what compute-sanitizer is run on: a few small checks")
+    cpu = parser.add_argument_group("on a CPU")
+    cpu.add_argument("--cpu", action="store_true", help="measure it although there is a GPU")
+    cpu.add_argument("--lengths", default="4096,16384,65536", help="comma-separated tokens")
+    cpu.add_argument("--heads", type=int, default=2)
+    cpu.add_argument("--head-dim", type=int, default=64)
+    cpu.add_argument("--longest-timed", type=int, default=16384, help="above it: memory only")
+    cpu.add_argument("--repeats", type=int, default=4)
+    return parser.parse_args(argv)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="longtake bench attention", description=__doc__)
-    parser.add_argument("--lengths", default="4096,16384,65536", help="comma-separated tokens")
-    parser.add_argument("--heads", type=int, default=2)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--longest-timed", type=int, default=16384, help="above it: memory only")
-    parser.add_argument("--repeats", type=int, default=4)
-    parser.add_argument("--json", type=Path, help="also write the table here")
-    args = parser.parse_args(argv)
+    args = parse(argv)
+    if args.dry_run:
+        interpret(sys.argv[1:] if argv is None else argv)
+    if args.dry_run or (torch.cuda.is_available() and not args.cpu):
+        measure_gpu(args)
+    elif args.quick or args.only or args.profile or args.sanitize:
+        raise ValueError("no CUDA GPU here: --dry-run rehearses what is done on one")
+    else:
+        measure_cpu(args)
+
+
+def interpret(argv: Sequence[str]) -> None:
+    """Sees to it that Triton interprets, which it decides when it is first imported: if need be, by starting anew."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    if "triton" in sys.modules:
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, "-m", "longtake.bench.attention", *argv])
+
+
+def measure_gpu(args: argparse.Namespace) -> None:
+    """Ends with exit code 1 where something of ours is wrong."""
+    from . import attention_run as steps
+
+    minutes = args.minutes or (2.0 if args.quick else 8.5)
+    options = steps.Options(args.quick, args.only, minutes, args.json, args.dry_run)
+    if args.profile:
+        steps.run_profile(options, args.profile)
+    elif not (steps.run_sanitized(options) if args.sanitize else steps.run(options)):
+        sys.exit(1)
+
+
+def measure_cpu(args: argparse.Namespace) -> None:
     print(line(("device", "shape", "direction", "ms", "GFLOP/s", "SDPA ms", "ratio", "peak MiB")))
     rows = run(
         [int(length) for length in args.lengths.split(",")],

@@ -1,5 +1,7 @@
 """What a kernel's host side asks about the device. CPU tensors stand for a GPU under the interpreter."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 
@@ -18,3 +20,8 @@ def architecture(device: torch.device) -> str:
 def is_capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being recorded, when nothing may be read back."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def launching_on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever its arguments lie on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -14,10 +14,10 @@ import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import triton
 
 from .candidates import LISTED_HEAD_DIMS, ONLY_MEASURED, Config, candidates
 from .device import architecture, is_capturing
@@ -57,9 +57,9 @@ def listed_head_dim(head_dim: int) -> int:
     return next(listed for listed in LISTED_HEAD_DIMS if listed >= head_dim)
 
 
-def nearest_length(mean_keys: float) -> int:
-    """The entry of LENGTHS that is nearest, as a ratio."""
-    return min(LENGTHS, key=lambda length: max(length / max(mean_keys, 1), mean_keys / length))
+def nearest_length(mean_keys: float, lengths: Collection[int] = LENGTHS) -> int | None:
+    """The one of `lengths` that is nearest, as a ratio."""
+    return min(lengths, key=lambda length: max(length / max(mean_keys, 1), mean_keys / length), default=None)
 
 
 def cache_file(gpu: str) -> Path:
@@ -67,8 +67,8 @@ def cache_file(gpu: str) -> Path:
     sources = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         sources.update(path.read_bytes())
-    name = re.sub(r"[^\w.-]+", "-", f"tuned-{gpu}-triton{version('triton')}-{sources.hexdigest()[:12]}")
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    name = re.sub(r"[^\w.-]+", "-", f"tuned-{gpu}-triton{triton.__version__}-{sources.hexdigest()[:12]}")
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(root) / "longtake" / f"{name}.json"
 
 
@@ -79,6 +79,7 @@ def write_entries(file: Path, entries: Sequence[Entry]) -> None:
     partial.write_text(json.dumps([asdict(entry) for entry in entries], indent=1) + "\n")
     partial.replace(file)
     read_entries.cache_clear()
+    entries_for.cache_clear()
 
 
 @lru_cache(maxsize=8)
@@ -89,7 +90,7 @@ def read_entries(file: Path) -> tuple[Entry, ...]:
         return tuple(Entry(**(row | {"config": Config(**row["config"])})) for row in rows)
     except FileNotFoundError:
         return ()
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         warnings.warn(f"{file} cannot be read ({error}): run `longtake tune` again", stacklevel=2)
         return ()
 
@@ -120,33 +121,60 @@ def choose(
     kernels: Collection[str],
     unmeasured: bool = False,
 ) -> Choice | None:
-    """The cheapest of the candidates whose kernel is in `kernels`; None where there is none.
+    """The first of `ranking`, None where it is empty.
 
-    unmeasured: also those that must not serve before a measurement has shown them right and ahead.
     Asked once for each mask: what a kernel visits is counted on the device, and waited for. While a CUDA graph is
-    recorded nothing is counted, and the candidates compare as if the mask were full.
+    recorded nothing is counted, but a choice that was made before stands: what it launches is compiled.
     """
-    counted = not is_capturing(device)
 
     def find() -> Choice | None:
-        name, listed = str(dtype).removeprefix("torch."), listed_head_dim(head_dim)
-        fits = [
-            entry
-            for entry in entries_for(device)
-            if (entry.direction, entry.head_dim, entry.dtype) == (direction, listed, name)
-            and entry.config.kernel in kernels
-        ]
-        if any(entry.length for entry in fits):  # measured: what is checked in stands back
-            mean_keys = visibility.area / max(len(visibility.start), 1) if counted else LENGTHS[-1]
-            fits = [entry for entry in fits if entry.length == nearest_length(mean_keys)]
-        choices = [
-            Choice(entry.config, entry.cost * (pairs(direction, visibility, entry.config) if counted else 1), entry)
-            for entry in fits
-            if entry.cost is not None and (entry.length or unmeasured or entry.config.kernel not in ONLY_MEASURED)
-        ]
-        return min(choices, key=lambda choice: choice.cost, default=None)
+        ranked = ranking(
+            entries_for(device),
+            direction,
+            visibility,
+            head_dim=head_dim,
+            dtype=str(dtype).removeprefix("torch."),
+            kernels=kernels,
+            unmeasured=unmeasured,
+            counted=not is_capturing(device),
+        )
+        return ranked[0] if ranked else None
 
-    return visibility.memo(("choose", direction, head_dim, dtype, frozenset(kernels), unmeasured, counted), find)
+    return visibility.memo(("choose", direction, head_dim, dtype, frozenset(kernels), unmeasured), find)
+
+
+def ranking(
+    entries: Sequence[Entry],
+    direction: str,
+    visibility: Visibility,
+    *,
+    head_dim: int,
+    dtype: str,
+    kernels: Collection[str],
+    unmeasured: bool = False,
+    counted: bool = True,
+) -> list[Choice]:
+    """What may serve under that mask, cheapest first: of the candidates whose kernel is in `kernels`.
+
+    unmeasured: also those that must not serve before a measurement has shown them right and ahead.
+    counted: False: nothing is read from the device, and candidates compare as if the mask were long and full.
+    """
+    wanted = direction, listed_head_dim(head_dim), dtype
+    fits = [
+        entry
+        for entry in entries
+        if (entry.direction, entry.head_dim, entry.dtype) == wanted and entry.config.kernel in kernels
+    ]
+    if any(entry.length for entry in fits):  # measured: what is checked in stands back
+        lengths = {entry.length for entry in fits if entry.length and entry.cost is not None}
+        mean_keys = visibility.area / max(len(visibility.start), 1) if counted else LENGTHS[-1]
+        fits = [entry for entry in fits if entry.length == nearest_length(mean_keys, lengths)]
+    choices = [
+        Choice(entry.config, entry.cost * (pairs(direction, visibility, entry.config) if counted else 1), entry)
+        for entry in fits
+        if entry.cost is not None and (entry.length or unmeasured or entry.config.kernel not in ONLY_MEASURED)
+    ]
+    return sorted(choices, key=lambda choice: choice.cost)
 
 
 def pairs(direction: str, visibility: Visibility, config: Config) -> int:
