@@ -44,7 +44,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "flash_dkdv": _imported("flash_backward", "dkdv"),
     "flash_dq": _imported("flash_backward", "dq"),
     "hopper_backward": _imported("hopper_backward", "backward"),
-    "prepare": _imported("flash_backward", "prepare"),
+    "prepare": _imported("flash_prepare", "prepare"),
 }
 GRADIENTS = {"dkdv": ("dk", "dv"), "dq": ("dq",), "backward": ("dq", "dk", "dv")}  # by direction
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import flash_backward
+from ..kernels import flash_prepare
 from ..kernels.candidates import Config, candidates
 from ..kernels.visibility import Visibility
 from .recorder import Launch, record
@@ -20,7 +20,7 @@ HOST = {  # kernel: module of its host function, and its name there
     "flash_forward": ("flash_forward", "forward"),
     "hopper_forward": ("hopper_forward", "forward"),
     "decode": ("decode", "forward"),
-    "prepare": ("flash_backward", "prepare"),
+    "prepare": ("flash_prepare", "prepare"),
     "flash_dkdv": ("flash_backward", "dkdv"),
     "flash_dq": ("flash_backward", "dq"),
     "hopper_backward": ("hopper_backward", "backward"),
@@ -44,27 +44,17 @@ class Variant:
         return f"{self.step} x{self.group}" + ("" if self.aligned else " unaligned")
 
 
-# All of a kernel's code at least once. They are compiled for bf16; for other dtypes the first, also unaligned.
-_FORWARD = (Variant("middle", 7), Variant("only", 1), Variant("first", 7), Variant("last", 1))
-_BACKWARD = (Variant("middle", 7), Variant("middle", 1), Variant("only", 1), Variant("first", 7))
-VARIANTS = {
-    "flash_forward": _FORWARD,
-    "hopper_forward": _FORWARD,
-    "decode": _FORWARD,
-    "prepare": (Variant("middle", 7), Variant("only", 1)),
-    "flash_dkdv": _BACKWARD,
-    "flash_dq": (Variant("middle", 7), Variant("only", 1), Variant("first", 7)),
-    "hopper_backward": _BACKWARD,
-}
+# Between them all of a kernel's code: grouped and not, folding or adding in place and writing fresh.
+MIDDLE, ONLY = Variant("middle", 7), Variant("only", 1)
 BY_TMA_ALONE = ("hopper_forward", "hopper_backward")
 
 
-def variants(kernel: str, dtype: str) -> tuple[Variant, ...]:
-    """Those that are compiled of a kernel."""
-    first, *_ = VARIANTS[kernel]
-    if dtype == "bf16":
-        return VARIANTS[kernel]
-    return (first,) if kernel in BY_TMA_ALONE else (first, replace(first, aligned=False))
+def variants(kernel: str, head_dim: int, dtype: str) -> tuple[Variant, ...]:
+    """Those that are compiled of a kernel: the code of other dtypes differs from that of bf16 in types alone."""
+    if dtype != "bf16":
+        return (MIDDLE,)
+    unaligned = head_dim == 128 and kernel not in BY_TMA_ALONE
+    return (MIDDLE, ONLY, replace(MIDDLE, aligned=False)) if unaligned else (MIDDLE, ONLY)
 
 
 @dataclass(frozen=True)
@@ -92,7 +82,7 @@ def cases(target: str) -> Iterator[Case]:
     shipped = [(config, head_dim, short[dtype]) for _, head_dim, dtype, config, _ in candidates(TARGETS[target][1])]
     shipped += [(PREPARE, head_dim, dtype) for config, head_dim, dtype in shipped if config.kernel == "flash_dkdv"]
     for config, head_dim, dtype in dict.fromkeys(shipped):
-        for variant in variants(config.kernel, dtype):
+        for variant in variants(config.kernel, head_dim, dtype):
             yield Case(config, head_dim, dtype, variant)
 
 
@@ -136,7 +126,7 @@ def launch(case: Case, num_rows: int, *, num_keys: int, key_heads: int = 2) -> N
         state = (out, lse) if variant.step in ("middle", "last") else None
         call(q, k, v, visibility, state=state, final=variant.step in ("only", "last"))
         return
-    lse2, delta = flash_backward.prepare(out, lse, dout, None)
+    lse2, delta = flash_prepare.prepare(out, lse, dout, None)
     grads = {
         "dq": {"dq": new(num_rows, heads, carried)},
         "dkdv": {"dk": new(num_keys, key_heads, carried), "dv": new(num_keys, key_heads, carried)},

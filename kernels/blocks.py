@@ -7,6 +7,11 @@ Three ideas:
 - Row i sees the keys start[i] <= j < end[i], both non-decreasing, so that four numbers bound a whole tile.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
+# (jit code has types of its own)
+
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+Operand = Tensor | TensorDescriptor
 
 
 @triton.constexpr_function
@@ -23,7 +29,7 @@ def split(head_dim: int) -> tuple[int, int]:
     """head_dim as (D0, D1): powers of two from 16 up, D1 = 0 where one is enough."""
     first = max(16, 1 << (head_dim.bit_length() - 1))
     rest = head_dim - first
-    return first, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
+    return first, max(16, 1 << (rest - 1).bit_length()) if rest > 0 else 0
 
 
 def tma_fits(*tensors: Tensor) -> bool:
@@ -42,18 +48,23 @@ def use_tma(*tensors: Tensor) -> bool:
         return False
     if knobs.runtime.interpret:
         return True
-    target = driver.active.get_current_target()
+    target: Any = driver.active.get_current_target()
     return target.backend == "cuda" and int(target.arch) >= 90
 
 
-def operands(x: Tensor, rows: int, tma: bool) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor | None]:
-    """The kernel arguments for x [T, H, D], one for each part of the head dim: pointers, or descriptors."""
+def operands(x: Tensor, rows: int, tma: bool) -> tuple[Operand, Operand | None]:
+    """The kernel arguments for x [T, H, D], one for each part of the head dim: pointers, or descriptors.
+
+    Kernels take each as an argument of its own: inside a tuple Triton 3.6 would not launch a descriptor.
+    """
     first, second = split(x.shape[-1])
     if not tma:
         return x, x if second else None
     view = x.transpose(0, 1)
-    boxes = ([1, rows, part] if part else None for part in (first, second))
-    return tuple(box and TensorDescriptor.from_tensor(view, box) for box in boxes)
+    return (
+        TensorDescriptor.from_tensor(view, [1, rows, first]),
+        TensorDescriptor.from_tensor(view, [1, rows, second]) if second else None,
+    )
 
 
 def strides(x: Tensor, tma: bool = False) -> tuple[int, int, tl.constexpr] | None:
@@ -124,7 +135,16 @@ def load(X, strides, row, head, num_rows, ROWS: tl.constexpr, D: tl.constexpr, E
 
 @triton.jit
 def store_block(
-    X, block, strides, row, head, num_rows, ROWS: tl.constexpr, COLUMN: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr
+    X,
+    block,
+    strides,
+    row,
+    head,
+    num_rows,
+    ROWS: tl.constexpr,
+    COLUMN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    D: tl.constexpr,
 ):
     """Writes block [ROWS, COLUMNS], in X's dtype, where it lies inside [num_rows, D]."""
     pointers = block_pointers(X, strides, row, head, ROWS, COLUMN, COLUMNS)
@@ -134,7 +154,16 @@ def store_block(
 
 @triton.jit
 def add_block(
-    X, block, strides, row, head, num_rows, ROWS: tl.constexpr, COLUMN: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr
+    X,
+    block,
+    strides,
+    row,
+    head,
+    num_rows,
+    ROWS: tl.constexpr,
+    COLUMN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    D: tl.constexpr,
 ):
     """Adds block to X, float32, in L2: no register holds what was there. One program owns it: no order matters."""
     pointers = block_pointers(X, strides, row, head, ROWS, COLUMN, COLUMNS)

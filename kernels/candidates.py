@@ -44,9 +44,9 @@ _ROWS: dict[tuple[str, str, tuple[str, ...]], list[tuple[tuple[int, ...], Config
     ("hopper", "backward", HALF): [((64, *SPLIT, 128), Config("hopper_backward", 64, 128, 4, 2), 0.420)],
     ("hopper", "decode", HALF): [
         ((64, *SPLIT, 128), Config("decode", 1, 64, 4, 4), 1.0),
-        ((64, *SPLIT, 128), Config("decode", 16, 64, 4, 4), 0.125),
+        ((64, *SPLIT, 128), Config("decode", 16, 64, 4, 4), 0.08),
         ((256,), Config("decode", 1, 32, 4, 4), 1.0),
-        ((256,), Config("decode", 16, 32, 4, 3), 0.125),
+        ((256,), Config("decode", 16, 32, 4, 3), 0.08),
     ],
     ("hopper", "dkdv", HALF): [
         ((64,), Config("flash_dkdv", 64, 128, 8, 2), 0.344),
@@ -55,7 +55,7 @@ _ROWS: dict[tuple[str, str, tuple[str, ...]], list[tuple[tuple[int, ...], Config
         (SPLIT, Config("flash_dkdv", 64, 64, 4, 2), 0.440),
         ((128,), Config("flash_dkdv", 64, 128, 8, 2), 0.381),
         ((128,), Config("flash_dkdv", 64, 64, 4, 2), 0.395),
-        ((256,), Config("flash_dkdv", 16, 64, 8, 2), 3.711),
+        ((256,), Config("flash_dkdv", 32, 128, 8, 2), 1.123),
     ],
     ("hopper", "dq", HALF): [
         ((64,), Config("flash_dq", 128, 64, 8, 2), 0.263),
@@ -77,11 +77,11 @@ _ROWS: dict[tuple[str, str, tuple[str, ...]], list[tuple[tuple[int, ...], Config
     ],
     ("ampere", "decode", HALF): [
         ((64,), Config("decode", 1, 64, 4, 4), 1.0),
-        ((64,), Config("decode", 16, 64, 4, 4), 0.125),
+        ((64,), Config("decode", 16, 64, 4, 4), 0.08),
         ((*SPLIT, 128), Config("decode", 1, 64, 4, 3), 1.0),
-        ((*SPLIT, 128), Config("decode", 16, 64, 4, 3), 0.125),
+        ((*SPLIT, 128), Config("decode", 16, 64, 4, 3), 0.08),
         ((256,), Config("decode", 1, 32, 4, 3), 1.0),
-        ((256,), Config("decode", 16, 32, 4, 2), 0.125),
+        ((256,), Config("decode", 16, 32, 4, 2), 0.08),
     ],
     ("ampere", "dkdv", HALF): [
         ((64,), Config("flash_dkdv", 64, 128, 8, 2), 0.474),
@@ -89,7 +89,7 @@ _ROWS: dict[tuple[str, str, tuple[str, ...]], list[tuple[tuple[int, ...], Config
         (SPLIT, Config("flash_dkdv", 32, 128, 8, 2), 0.621),
         (SPLIT, Config("flash_dkdv", 32, 64, 4, 2), 0.645),
         ((128,), Config("flash_dkdv", 64, 64, 8, 2), 0.869),
-        ((256,), Config("flash_dkdv", 32, 32, 8, 2), 2.750),
+        ((256,), Config("flash_dkdv", 64, 64, 8, 2), 1.920),
     ],
     ("ampere", "dq", HALF): [
         ((64, 72, 80), Config("flash_dq", 128, 64, 8, 2), 0.385),
@@ -100,6 +100,26 @@ _ROWS: dict[tuple[str, str, tuple[str, ...]], list[tuple[tuple[int, ...], Config
         ((128,), Config("flash_dq", 64, 64, 4, 2), 0.528),
         ((256,), Config("flash_dq", 32, 64, 8, 2), 1.238),
     ],
+    # float32 runs without tensor cores: a fallback, whose operands fill the registers from head_dim 128 on
+    **{
+        (arch, direction, FLOAT): rows
+        for arch in ("hopper", "ampere")
+        for direction, rows in {
+            "forward": [
+                ((64, *SPLIT, 128), Config("flash_forward", 32, 16, 4, 1), 10.5),
+                ((256,), Config("flash_forward", 32, 16, 8, 1), 22.2),
+            ],
+            "decode": [(ALL, Config("decode", 1, 16, 8, 1), 1.0)],
+            "dkdv": [
+                ((64, *SPLIT, 128), Config("flash_dkdv", 16, 32, 4, 1), 19.7),
+                ((256,), Config("flash_dkdv", 16, 16, 4, 1), 69.3),
+            ],
+            "dq": [
+                ((64, *SPLIT, 128), Config("flash_dq", 32, 16, 4, 1), 16.1),
+                ((256,), Config("flash_dq", 16, 16, 8, 1), 38.2),
+            ],
+        }.items()
+    },
     ("interpreter", "forward", (*HALF, *FLOAT)): [(ALL, Config("flash_forward", 64, 64, 4, 2), 1.0)],
     ("interpreter", "decode", (*HALF, *FLOAT)): [(ALL, Config("decode", 1, 64, 4, 2), 1.0)],
     ("interpreter", "dkdv", (*HALF, *FLOAT)): [(ALL, Config("flash_dkdv", 64, 64, 4, 2), 1.0)],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from . import decode, flash_backward, flash_forward, hopper_backward, hopper_forward
+from . import decode, flash_backward, flash_forward, flash_prepare, hopper_backward, hopper_forward
 from .backend import running
 from .blocks import tma_fits
 from .device import architecture, launching_on
@@ -84,7 +84,7 @@ class CudaBackend:
             by_keys = self.choose("dkdv", visibility, *operands)
             by_rows = self.choose("dq", visibility, *operands)
             fused = None if deterministic else self.find("backward", visibility, *operands)
-            block = *operands, *flash_backward.prepare(out, lse, operands[-1], dlse), visibility
+            block = *operands, *flash_prepare.prepare(out, lse, operands[-1], dlse), visibility
             dk, dv, add = targets(grads[1:], (k, v), final)
             if fused is not None and fused.cost < by_keys.cost + by_rows.cost:
                 (dq,) = running(grads[:1], q)  # it can only be added to

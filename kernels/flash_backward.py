@@ -4,9 +4,11 @@ The rows that see a key are an interval too, so dk, dv is dq's walk with rows an
 the block that it writes, and walks all query heads of its group: nothing is summed in an order of chance.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
+# (jit code has types of its own)
+
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,7 +16,6 @@ from torch import Tensor
 from .blocks import (
     LOG2E,
     load,
-    load_block,
     operands,
     scaled,
     scores,
@@ -30,48 +31,7 @@ from .table import Config
 from .visibility import Visibility
 
 MOST_COLUMNS = 128  # of dk and dv in one program: two accumulators of more do not fit the registers
-PADDING = 128  # rows of lse2 and delta past the last tile that may be read
 ALIGN = tl.constexpr(16)  # dkdv's tiles of query rows start at a multiple: lse2 and delta come in wide copies
-
-
-@triton.jit(
-    do_not_specialize=["num_rows", "out_strides", "dout_strides", "lse_strides", "dlse_strides"],
-    do_not_specialize_on_alignment=["Lse", "DLse"],
-)
-def prepare_kernel(
-    Out,
-    DOut,
-    Lse,
-    DLse,
-    Lse2,
-    Delta,
-    num_rows,
-    padded,
-    out_strides,
-    dout_strides,
-    lse_strides,
-    dlse_strides,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    D: tl.constexpr,
-):
-    """Grid (row tiles, query heads)."""
-    row = tl.program_id(0) * ROWS
-    head = tl.program_id(1)
-    out = load_block(Out, out_strides, row, head, num_rows, ROWS, 0, COLUMNS, D, True).to(tl.float32)
-    dout = load_block(DOut, dout_strides, row, head, num_rows, ROWS, 0, COLUMNS, D, True).to(tl.float32)
-    delta = tl.sum(out * dout, 1)
-    rows = row + tl.arange(0, ROWS)
-    inside = rows < num_rows
-    wide_rows = rows.to(tl.int64)
-    wide_head = head.to(tl.int64)
-    lse = tl.load(Lse + wide_head * lse_strides[0] + wide_rows * lse_strides[1], mask=inside, other=float("-inf"))
-    if DLse is not None:
-        delta -= tl.load(DLse + wide_head * dlse_strides[0] + wide_rows * dlse_strides[1], mask=inside, other=0.0)
-    seen = lse > float("-inf")
-    written = rows < padded
-    tl.store(Lse2 + wide_head * padded + rows, tl.where(seen, lse * LOG2E, float("inf")), mask=written)
-    tl.store(Delta + wide_head * padded + rows, tl.where(seen, delta, 0.0), mask=written)
 
 
 @triton.jit
@@ -125,16 +85,7 @@ def _dkdv_name(specialization: Any) -> str:
 
 
 @triton.jit(
-    do_not_specialize=[
-        "num_rows",
-        "num_keys",
-        "q_strides",
-        "k_strides",
-        "v_strides",
-        "dout_strides",
-        "dk_strides",
-        "dv_strides",
-    ],
+    do_not_specialize=["num_rows", "num_keys"],
     do_not_specialize_on_alignment=["KStart", "KEnd", "Order"],
     repr=_dkdv_name,
 )
@@ -158,12 +109,7 @@ def dkdv_kernel(
     num_rows,
     num_keys,
     padded,
-    q_strides,
-    k_strides,
-    v_strides,
-    dout_strides,
-    dk_strides,
-    dv_strides,
+    all_strides,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
@@ -172,7 +118,11 @@ def dkdv_kernel(
     GRAD_K: tl.constexpr,
     GRAD_V: tl.constexpr,
 ):
-    """Grid (key tiles, key heads). ADD: to what DK, DV hold. GRAD_K, GRAD_V: which of both to make."""
+    """Grid (key tiles, key heads). ADD: to what DK, DV hold. GRAD_K, GRAD_V: which of both to make.
+
+    all_strides: of q, k, v, dout, dk, dv.
+    """
+    q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides = all_strides
     key = tl.load(Order + tl.program_id(0)) * KEYS
     head = tl.program_id(1)
     last = tl.minimum(key + KEYS, num_keys) - 1
@@ -243,7 +193,7 @@ def _walk_keys(
 
 
 @triton.jit(
-    do_not_specialize=["num_rows", "num_keys", "q_strides", "k_strides", "v_strides", "dout_strides", "dq_strides"],
+    do_not_specialize=["num_rows", "num_keys"],
     do_not_specialize_on_alignment=["Start", "End", "Order"],
 )
 def dq_kernel(
@@ -265,18 +215,15 @@ def dq_kernel(
     num_rows,
     num_keys,
     padded,
-    q_strides,
-    k_strides,
-    v_strides,
-    dout_strides,
-    dq_strides,
+    all_strides,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     D: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """Grid (query tiles, query heads). ADD: to what DQ holds."""
+    """Grid (query tiles, query heads). ADD: to what DQ holds. all_strides: of q, k, v, dout, dq."""
+    q_strides, k_strides, v_strides, dout_strides, dq_strides = all_strides
     row = tl.load(Order + tl.program_id(0)) * ROWS
     head = tl.program_id(1)
     last = tl.minimum(row + ROWS, num_rows) - 1
@@ -303,32 +250,6 @@ def dq_kernel(
     write(DQ, scaled(dq, scale), dq_strides, row, head, written, ROWS, D, ADD)
 
 
-def prepare(out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor]:
-    num_rows, heads, head_dim = out.shape
-    padded = (triton.cdiv(num_rows, PADDING) + 1) * PADDING
-    lse2, delta = torch.empty(2, heads, padded, dtype=torch.float32, device=out.device)
-    columns = triton.next_power_of_2(head_dim)
-    rows = max(1, 8192 // columns)
-    prepare_kernel[triton.cdiv(padded, rows), heads](
-        out,
-        dout,
-        lse,
-        dlse,
-        lse2,
-        delta,
-        num_rows,
-        padded,
-        strides(out),
-        strides(dout),
-        lse.stride(),
-        None if dlse is None else dlse.stride(),
-        ROWS=rows,
-        COLUMNS=columns,
-        D=head_dim,
-    )
-    return lse2, delta
-
-
 def dkdv(
     q: Tensor,
     k: Tensor,
@@ -344,12 +265,15 @@ def dkdv(
     dv: Tensor,
     add: bool,
 ) -> None:
+    """The gradients of k and v: written to dk, dv [Tk, Hkv, D] in their dtype, or added to them, float32.
+
+    lse2, delta: from `prepare`. The other tensors: as in `backend.block_backward`.
+    """
     num_keys, key_heads, head_dim = k.shape
     tma = use_tma(q, k, v, dout)
     keys = visibility.transposed
-    both = (True, True)
-    for grad_k, grad_v in (both,) if head_dim <= MOST_COLUMNS else ((True, False), (False, True)):
-        dkdv_kernel[triton.cdiv(num_keys, config.keys), key_heads](
+    for grad_k, grad_v in [(True, True)] if head_dim <= MOST_COLUMNS else [(True, False), (False, True)]:
+        dkdv_kernel[-(-num_keys // config.keys), key_heads](
             *operands(q, config.rows, tma),
             *operands(k, config.keys, tma),
             *operands(v, config.keys, tma),
@@ -365,9 +289,7 @@ def dkdv(
             q.shape[0],
             num_keys,
             lse2.stride(0),
-            *(strides(x, tma) for x in (q, k, v, dout)),
-            strides(dk),
-            strides(dv),
+            (*(strides(x, tma) for x in (q, k, v, dout)), strides(dk), strides(dv)),
             GROUP=q.shape[1] // key_heads,
             ROWS=config.rows,
             KEYS=config.keys,
@@ -395,9 +317,10 @@ def dq(
     dq: Tensor,
     add: bool,
 ) -> None:
+    """The gradient of q: written to dq [Tq, Hq, D] in its dtype, or added to it, float32. Arguments as in `dkdv`."""
     num_rows, heads, head_dim = q.shape
     tma = use_tma(q, k, v, dout)
-    dq_kernel[triton.cdiv(num_rows, config.rows), heads](
+    dq_kernel[-(-num_rows // config.rows), heads](
         *operands(q, config.rows, tma),
         *operands(k, config.keys, tma),
         *operands(v, config.keys, tma),
@@ -412,14 +335,13 @@ def dq(
         num_rows,
         k.shape[0],
         lse2.stride(0),
-        *(strides(x, tma) for x in (q, k, v, dout)),
-        strides(dq),
+        (*(strides(x, tma) for x in (q, k, v, dout)), strides(dq)),
         GROUP=heads // k.shape[1],
         ROWS=config.rows,
         KEYS=config.keys,
         D=head_dim,
         ADD=add,
         num_warps=config.warps,
-        enable_fp_fusion=True,
         num_stages=config.stages,
+        enable_fp_fusion=True,
     )

@@ -1,5 +1,8 @@
 """Attention forward in plain Triton: FlashAttention-2 on row intervals, for any GPU and for the interpreter."""
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
+# (jit code has types of its own)
+
 import torch
 import triton
 import triton.language as tl
@@ -90,17 +93,7 @@ def _write(
 
 
 @triton.jit(
-    do_not_specialize=[
-        "num_rows",
-        "num_keys",
-        "q_strides",
-        "k_strides",
-        "v_strides",
-        "old_strides",
-        "out_strides",
-        "old_lse_stride",
-        "lse_stride",
-    ],
+    do_not_specialize=["num_rows", "num_keys", "old_lse_stride", "lse_stride"],
     do_not_specialize_on_alignment=["Start", "End", "Order", "OldLse", "Lse"],
 )
 def forward_kernel(
@@ -120,11 +113,7 @@ def forward_kernel(
     scale,
     num_rows,
     num_keys,
-    q_strides,
-    k_strides,
-    v_strides,
-    old_strides,
-    out_strides,
+    all_strides,
     old_lse_stride,
     lse_stride,
     GROUP: tl.constexpr,
@@ -134,7 +123,11 @@ def forward_kernel(
     FOLD: tl.constexpr,
     IN_PLACE: tl.constexpr,
 ):
-    """Grid (query tiles, query heads). FOLD: OldOut, OldLse are blocks before; IN_PLACE: they are Out, Lse as well."""
+    """Grid (query tiles, query heads). FOLD: OldOut, OldLse are of the blocks before; IN_PLACE: Out, Lse are the same.
+
+    all_strides: of q, k, v, the old out and out.
+    """
+    q_strides, k_strides, v_strides, old_strides, out_strides = all_strides
     row = tl.load(Order + tl.program_id(0)) * ROWS
     head = tl.program_id(1)
     last = tl.minimum(row + ROWS, num_rows) - 1
@@ -192,7 +185,7 @@ def forward(
     state: tuple[Tensor, Tensor] | None = None,
     final: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """See `backend.block_forward`."""
+    """See `backend.block_forward`. With `final`, out is a new tensor in q's dtype; lse stays the state's own."""
     num_rows, heads, head_dim = q.shape
     old_out, old_lse = state or (None, None)
     if old_out is None or final:
@@ -203,7 +196,7 @@ def forward(
     if old_out is None or old_lse is None:
         old_out, old_lse = out, lse
     tma = use_tma(q, k, v)
-    forward_kernel[triton.cdiv(num_rows, config.rows), heads](
+    forward_kernel[-(-num_rows // config.rows), heads](
         *operands(q, config.rows, tma),
         *operands(k, config.keys, tma),
         *operands(v, config.keys, tma),
@@ -217,9 +210,7 @@ def forward(
         scale,
         num_rows,
         k.shape[0],
-        *(strides(x, tma) for x in (q, k, v)),
-        strides(old_out),
-        strides(out),
+        (*(strides(x, tma) for x in (q, k, v)), strides(old_out), strides(out)),
         old_lse.stride(0),
         lse.stride(0),
         GROUP=heads // k.shape[1],
@@ -229,7 +220,7 @@ def forward(
         FOLD=state is not None,
         IN_PLACE=out is old_out and state is not None,
         num_warps=config.warps,
-        enable_fp_fusion=True,
         num_stages=config.stages,
+        enable_fp_fusion=True,
     )
     return out, lse

@@ -331,7 +331,7 @@ def backward(
 ) -> None:
     """Adds to dq, float32; writes dk and dv in their dtypes or, with `add`, adds to them, float32.
 
-    q, k, v and dout must fit TMA (`blocks.tma_fits`). lse2 and delta: see `flash_backward.prepare`.
+    q, k, v and dout must fit TMA (`blocks.tma_fits`). lse2 and delta: see `flash_prepare.prepare`.
     """
     num_keys, key_heads, head_dim = k.shape
     d0, d1 = split(head_dim)

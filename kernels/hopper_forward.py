@@ -128,18 +128,7 @@ def _softmax(scores, peak, log2_scale):
 
 
 @gluon.jit
-def _finish_lse(
-    total,
-    peak,
-    old,
-    new,
-    row,
-    head,
-    tiles,
-    ROWS: gl.constexpr,
-    KEYS: gl.constexpr,
-    FOLD: gl.constexpr,
-):
+def _finish_lse(total, peak, old, new, row, head, tiles, ROWS: gl.constexpr, KEYS: gl.constexpr, FOLD: gl.constexpr):
     """Writes the lse of these rows. Returns the factors of this block's sums and of the old output."""
     num_rows = tiles[3]
     OldLse, old_lse_stride = old[2], old[3]

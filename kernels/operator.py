@@ -27,7 +27,8 @@ def attention_operator(
 ) -> tuple[Tensor, Tensor]:
     """out like q, and lse [Hq, tokens]. Arguments as in `attention.attention`, which has checked them."""
     visibility = visibility_of(q, k, cu_seqlens, causal, window)
-    out, lse = block_forward(*packed(q, k, v), visibility, scale=scale, final=True, backend=backend)
+    q3, k3, v3 = packed(q, k, v)
+    out, lse = block_forward(q3, k3, v3, visibility, scale=scale, final=True, backend=backend)
     return out.view(q.shape), lse
 
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels run on the CPU here, and in ranks started here
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported, here and in ranks started here
 
 import pytest
 import torch

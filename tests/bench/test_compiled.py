@@ -39,10 +39,11 @@ def gate(*argv: str) -> tuple[int, str]:
     return run("-m", "longtake.bench.cli", "bench", "compiled", "--check", *argv)
 
 
-def test_kernels_for_head_dims_80_and_128_pass() -> None:
-    code, output = gate("--head-dim", "80", "128", "--dtype", "bf16")
+@pytest.mark.parametrize(("head_dim", "dtype"), [("128", "bf16"), ("80", "fp16")])
+def test_kernels_of_a_head_dim_pass(head_dim: str, dtype: str) -> None:
+    code, output = gate("--head-dim", head_dim, "--dtype", dtype)
     assert code == 0, output
-    assert "flash_forward" in output and "\n0 facts of" in output
+    assert f" {head_dim} " in output and "\n0 facts of" in output
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def test_the_last_block_comes_in_the_dtype_of_the_input() -> None:
     torch.testing.assert_close(got, want, rtol=2e-3, atol=4e-3)
 
 
-@pytest.mark.parametrize("given", [(True, False, False), (False, True, True), (True, True, True), (False, False, False)])
+@pytest.mark.parametrize("given", [(True, False, False), (False, True, True), (True, True, True)])
 def test_gradients_are_added_to_those_given(given: tuple[bool, ...]) -> None:
     visibility = shard_visibility(40)
     q, k, v, dout = tensors(visibility)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from longtake.kernels import flash_backward, reference
+from longtake.kernels import flash_backward, flash_prepare, reference
 from longtake.kernels.candidates import Config
 from longtake.kernels.visibility import Visibility
 from torch import Tensor
@@ -56,7 +56,7 @@ def backward(
     q, k, v, dout, dlse = tensors
     add = grads is not None
     into_q, into_k, into_v = grads or (torch.empty(x.shape, dtype=dtype) for x in (q, k, v))
-    prepared = flash_backward.prepare(out, lse, dout, dlse)
+    prepared = flash_prepare.prepare(out, lse, dout, dlse)
     call: Any = (q, k, v, dout, *prepared, visibility)
     flash_backward.dkdv(*call, scale=0.125, config=dkdv, dk=into_k, dv=into_v, add=add)
     flash_backward.dq(*call, scale=0.125, config=dq, dq=into_q, add=add)
@@ -153,7 +153,7 @@ def test_the_same_bits_every_time() -> None:
 def test_prepare_pads_with_rows_that_see_nothing() -> None:
     out, dout, lse, dlse = normal((70, 2, 40), (70, 2, 40), (2, 70), (2, 70))
     lse[1, 3] = -torch.inf
-    lse2, delta = flash_backward.prepare(out, lse, dout, dlse)
+    lse2, delta = flash_prepare.prepare(out, lse, dout, dlse)
     assert lse2.shape == delta.shape and lse2.shape[1] >= 70 + 128
     want = (out.double() * dout).sum(-1).T - dlse
     want[1, 3] = 0

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from longtake.kernels import flash_backward, hopper_backward, reference
+from longtake.kernels import flash_prepare, hopper_backward, reference
 from longtake.kernels.candidates import Config
 from longtake.kernels.visibility import Visibility
 from torch import Tensor
 
 from tests.kernels.closeness import error, normal, ring_step, zigzag
-from tests.kernels.gluon_threads import KernelError, Threads
+from tests.kernels.gluon_machine import KernelError
+from tests.kernels.gluon_threads import Threads
 from tests.kernels.masks import cases, shard_visibility
 
 KERNEL = hopper_backward.backward_kernel
@@ -54,10 +55,10 @@ def gradients(
     scale: float,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """lse2 and delta, and dq, dk, dv in float64."""
-    wide = [x.double() for x in (q, k, v)]
-    out, lse = reference.forward(*wide, visibility, scale=scale)
-    want = reference.backward(*wide, out, lse, dout.double(), visibility, scale=scale, dlse=dlse.double())
-    return flash_backward.prepare(out.float(), lse.float(), dout, dlse), want
+    q, k, v, do, dl = (x.double() for x in (q, k, v, dout, dlse))
+    out, lse = reference.forward(q, k, v, visibility, scale=scale)
+    want = reference.backward(q, k, v, out, lse, do, visibility, scale=scale, dlse=dl)
+    return flash_prepare.prepare(out.float(), lse.float(), dout, dlse), want
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def test_a_zigzag_ring_of_four_is_one_attention() -> None:
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     shards = zigzag(201, 4)
     for rank, rows in enumerate(shards):
-        vectors = [torch.nn.functional.pad(x[:, rows], (0, -len(rows) % 4 + 16)) for x in (lse2, delta)]
+        some_lse2, some_delta = (torch.nn.functional.pad(x[:, rows], (0, -len(rows) % 4 + 16)) for x in (lse2, delta))
         some_dq = torch.zeros_like(q[rows])
         for step in range(4):
             keys, visibility = ring_step(shards, rank, step, **mask)
@@ -179,7 +180,8 @@ def test_a_zigzag_ring_of_four_is_one_attention() -> None:
                 k[keys],
                 v[keys],
                 dout[rows],
-                *vectors,
+                some_lse2,
+                some_delta,
                 visibility,
                 scale=0.125,
                 config=CONFIG,

@@ -10,7 +10,8 @@ from longtake.kernels.visibility import Visibility
 from torch import Tensor
 
 from tests.kernels.closeness import error, normal, ring_step, zigzag
-from tests.kernels.gluon_threads import KernelError, Threads
+from tests.kernels.gluon_machine import KernelError
+from tests.kernels.gluon_threads import Threads
 from tests.kernels.masks import cases, shard_visibility
 
 KERNEL = hopper_forward.forward_kernel
@@ -198,8 +199,8 @@ BUGS = {
         "        mbarrier.arrive(v_empty.index(i), count=1)\n        acc = await_parts(acc, 0)\n",
     ),
     "queries given back too early": (
-        "        for j in range(1, num_tiles):\n            before = i",
-        "        mbarrier.arrive(q_empty.index(WHICH), count=1)\n        for j in range(1, num_tiles):\n            before = i",
+        "        for j in range(1, num_tiles):\n            b",
+        "        mbarrier.arrive(q_empty.index(WHICH), count=1)\n        for j in range(1, num_tiles):\n            b",
     ),
     "loader: free keys not waited for": ("            mbarrier.wait(k_empty.index(i), phase ^ 1)\n", ""),
     "loader: free values not waited for": ("            mbarrier.wait(v_empty.index(i), phase ^ 1)\n", ""),
