@@ -20,9 +20,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .blocks import split
 
-CONSUMER_REGISTERS = gl.constexpr(
-    240
-)  # for each thread of two warpgroups; the loading warpgroup's 24 make it 504 of 512
+# For each thread of the two warpgroups that multiply, and of the one that loads: an SM has 512 for the three.
+CONSUMER_REGISTERS = gl.constexpr(240)
 LOADER_REGISTERS = gl.constexpr(24)
 
 
@@ -205,10 +204,11 @@ def pointers(
 ):
     """[ROWS, COLUMNS] of X [T, H, D] from `row` of `head` and COLUMN on, and which of them lie in [num_rows, D]."""
     row_stride, head_stride, UNIT = strides
-    rows = gl.arange(0, ROWS, gl.SliceLayout(1, mma_layout(COLUMNS)))
+    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, mma_layout(COLUMNS)))
     columns = COLUMN + gl.arange(0, COLUMNS, gl.SliceLayout(0, mma_layout(COLUMNS)))
-    base = X + (row.to(gl.int64) * row_stride + head.to(gl.int64) * head_stride) * UNIT
-    inside = (row + rows < num_rows)[:, None]
+    inside = (rows < num_rows)[:, None]
     if COLUMN + COLUMNS > D:
         inside = inside & (columns < D)[None, :]
-    return base + rows.to(gl.int64)[:, None] * (row_stride * UNIT) + columns[None, :], inside
+    # Offsets from `row` on: those of a tile that starts at 0 would be kept in registers through a loop over tiles.
+    p_rows = X + (rows.to(gl.int64) * row_stride + head.to(gl.int64) * head_stride) * UNIT
+    return p_rows[:, None] + columns[None, :], inside

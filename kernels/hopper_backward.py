@@ -52,10 +52,10 @@ from .visibility import Visibility
 
 @gluon.jit
 def _bounds(tiles, ROWS: gl.constexpr, KEYS: gl.constexpr):
-    """Of this program's key tile: first key, first row that sees it, number of row tiles from there, and their end."""
+    """Of this program's key tile: first key, first row to walk, number of row tiles from there, and their end."""
     Order, KStart, KEnd, num_keys = tiles
     key = gl.load(Order + gl.program_id(0)) * KEYS
-    first = gl.load(KStart + key)
+    first = gl.load(KStart + key) & -4  # TMA loads row vectors from multiples of 16 bytes alone
     num_tiles = (gl.load(KEnd + gl.minimum(key + KEYS, num_keys) - 1) - first + ROWS - 1) // ROWS
     return key, first, num_tiles, first + num_tiles * ROWS
 

@@ -366,13 +366,14 @@ def forward(
     lse = torch.empty(heads, num_rows, dtype=torch.float32, device=q.device) if old_lse is None else old_lse
     if old_out is None or old_lse is None:
         old_out, old_lse = out, lse
+    in_place = state is not None and not final
     order = visibility.longest_first(config.rows)
     forward_kernel[(min(multiprocessors(q.device), len(order) * heads),)](
         *operand(q, config.rows // 2),
         *operand(k, config.keys),
         *operand(v, config.keys),
         order,
-        _live_tiles(visibility, config.rows),
+        _live_tiles(visibility, config.rows) if in_place else order,
         visibility.start,
         visibility.end,
         old_out,
@@ -392,7 +393,7 @@ def forward(
         D=head_dim,
         STAGES=config.stages,
         FOLD=state is not None,
-        IN_PLACE=state is not None and not final,
+        IN_PLACE=in_place,
         num_warps=config.warps,
         enable_fp_fusion=True,  # the default until Triton 3.9
     )

@@ -207,6 +207,10 @@ class Descriptor:
         """What of the box at these coordinates lies in the tensor."""
         check(memory.shape == tuple(self.block_shape), f"box {self.block_shape} for a buffer {memory.shape}")
         check(memory.dtype == self.dtype and min(at) >= 0, f"{memory.dtype} buffer at {at} of {self.dtype}")
+        check(
+            at[-1] * self.dtype.itemsize % 16 == 0,
+            f"a box at {at}: its first row of bytes must start at a multiple of 16",
+        )
         return self.x[tuple(slice(int(a), int(a) + n) for a, n in zip(at, self.block_shape, strict=True))]
 
 

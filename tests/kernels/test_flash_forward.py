@@ -58,10 +58,16 @@ def test_every_mask(name: str) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [40, 64, 72, 80, 96, 128, 256])
-@pytest.mark.parametrize(("heads", "key_heads"), [(3, 3), (7, 1)])
+@pytest.mark.parametrize(("heads", "key_heads"), [(2, 2), (4, 2), (7, 1)])
 def test_head_dims_and_groups(head_dim: int, heads: int, key_heads: int) -> None:
-    visibility = shard_visibility(70, lengths=[9, 61], window=40)
+    visibility = shard_visibility(50, lengths=[9, 41], window=30)
     assert_close(errors(block(visibility, heads, key_heads, head_dim), visibility))
+
+
+@pytest.mark.parametrize("head_dim", [8, 24, 160])
+def test_other_head_dims(head_dim: int) -> None:
+    visibility = shard_visibility(40)
+    assert_close(errors(block(visibility, head_dim=head_dim), visibility))
 
 
 @pytest.mark.parametrize(("rows", "keys"), [(16, 64), (64, 16), (128, 32)])
@@ -100,15 +106,37 @@ def test_slices_of_one_projection_are_read_in_place(dtype: torch.dtype) -> None:
     assert torch.equal(got[1], want[1])
 
 
-def test_addresses_past_2_to_the_31() -> None:
+def spread(x: Tensor, row: int, head: int) -> Tensor:
+    """x [T, H, D] with these strides, over memory that costs nothing where it is not touched."""
+    far = torch.zeros(1, dtype=x.dtype).untyped_storage()
+    far.resize_(x.itemsize * (row * x.shape[0] + head * x.shape[1]))
+    return torch.empty(0, dtype=x.dtype).set_(far, 0, x.shape, (row, head, 1)).copy_(x)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize(("row", "head"), [(1 << 25, 64), (64, (1 << 31) + 64)])
+def test_addresses_past_2_to_the_31(which: int, row: int, head: int) -> None:
     visibility = shard_visibility(70)
-    q, k, v = (x.half() for x in block(visibility, heads=1))
-    far = torch.zeros(1, dtype=torch.float16).untyped_storage()
-    far.resize_(2 * (70 << 25))  # rows 2^25 numbers apart: memory that is never touched costs nothing
-    spread = torch.empty(0, dtype=torch.float16).set_(far, 0, (70, 1, 64), (1 << 25, 64, 1)).copy_(k)
-    got = flash_forward.forward(q, spread, v, visibility, scale=0.125, config=CONFIG)
-    want = flash_forward.forward(q, k, v, visibility, scale=0.125, config=CONFIG)
-    assert torch.equal(got[0], want[0])
+    tensors = [x.half() for x in block(visibility, heads=2, key_heads=2)]
+    want = flash_forward.forward(*tensors, visibility, scale=0.125, config=CONFIG)
+    tensors[which] = spread(tensors[which], row, head)
+    for tma in (True, False):
+        if not tma:
+            tensors[which] = spread(tensors[which], row + 1, head + 1)
+        got = flash_forward.forward(*tensors, visibility, scale=0.125, config=CONFIG)
+        assert torch.equal(got[0], want[0])
+
+
+def test_a_state_past_2_to_the_31() -> None:
+    visibility = shard_visibility(70)
+    q, k, v = block(visibility)
+    state = flash_forward.forward(q, k, v, visibility, scale=0.125, config=CONFIG)
+    far = spread(state[0], 1 << 25, 64), state[1].clone()
+    for _ in range(2):
+        state = flash_forward.forward(q, k, v, visibility, scale=0.125, config=CONFIG, state=state)
+        far = flash_forward.forward(q, k, v, visibility, scale=0.125, config=CONFIG, state=far)
+    assert torch.equal(far[0], state[0])
+    assert torch.equal(far[1], state[1])
 
 
 def test_extreme_scores() -> None:
@@ -137,6 +165,16 @@ def test_a_tile_that_sees_nothing_leaves_the_state_alone() -> None:
     state = torch.full_like(q, torch.nan), torch.full((2, 64), torch.nan)
     flash_forward.forward(q, k, v, visibility, scale=0.125, config=CONFIG, state=state)
     assert state[0][:32].isnan().all() and state[1][:, :32].isnan().all()
+
+
+def test_a_state_that_has_seen_nothing_adds_nothing() -> None:
+    visibility = CASES["zigzag, later keys hidden"]
+    q, k, v = block(visibility)
+    fresh = flash_forward.forward(q, k, v, visibility, scale=0.125, config=CONFIG)
+    nothing = torch.zeros_like(q), torch.full_like(fresh[1], -torch.inf)
+    folded = flash_forward.forward(q, k, v, visibility, scale=0.125, config=CONFIG, state=nothing)
+    assert error(folded[0], fresh[0].double()) <= 1e-6
+    assert error(folded[1], fresh[1].double()) <= 1e-6
 
 
 @pytest.mark.parametrize("final", [False, True])

@@ -246,13 +246,14 @@ BUGS: dict[str, tuple[str, str]] = {
     "keys past the end visible": ("gl.where(keys < num_keys, gl.load(KEnd + clamped), 0)", "gl.load(KEnd + clamped)"),
     "edge not masked": ("(row < left) | (row >= right)", "row >= right"),
     "other edge not masked": ("(row < left) | (row >= right)", "row < left"),
+    "rows from anywhere": ("gl.load(KStart + key) & -4", "gl.load(KStart + key)"),
     "heads not walked": ("gl.where(wrap, head + 1, head)", "head"),
     "columns of dq": ("column: gl.constexpr = WHICH * D0", "column: gl.constexpr = 0"),
     "halves of the keys": (
         "halves = (first, parts[1].slice(WHICH * HALF, HALF))",
         "halves = (first, parts[1].slice(0, HALF))",
     ),
-    "rows written past the end": ("inside = (row + rows < num_rows)[:, None]", "inside = (row + rows >= 0)[:, None]"),
+    "rows written past the end": ("inside = (rows < num_rows)[:, None]", "inside = (rows >= 0)[:, None]"),
     "dk not scaled": ("dk[1] * scale", "dk[1]"),
 }
 

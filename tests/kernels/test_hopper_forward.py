@@ -231,7 +231,7 @@ BUGS = {
     "right edge not masked": ("(j < left) | (j >= right)", "j < left"),
     "first tile not masked": ("(left > 0) | (right <= 0)", "left > 0"),
     "rows past the end": ("rows = gl.minimum(rows, num_rows - 1)", "rows = rows"),
-    "rows past the end written": ("inside = (row + rows < num_rows)[:, None]", "inside = (row + rows >= 0)[:, None]"),
+    "rows past the end written": ("inside = (rows < num_rows)[:, None]", "inside = (rows >= 0)[:, None]"),
     "columns past the end written": ("inside = inside & (columns < D)[None, :]", "inside = inside"),
     "a tile too many": ("< num_tiles % gl.num_programs(0)", "<= num_tiles % gl.num_programs(0)"),
     "rounds that do not run backwards everywhere": (
