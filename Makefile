@@ -24,7 +24,7 @@ demo: $(INSTALLED)
 	$(BIN)/longtake demo --ring 2 --ulysses 2
 
 newest: $(NEWEST)/.installed
-	$(NEWEST)/bin/longtake bench compiled --check
+	$(NEWEST)/bin/longtake bench compiled --check --head-dim 128 --dtype bf16
 
 $(NEWEST)/.installed: $(INSTALLED)
 	$(PYTHON) -m venv $(NEWEST)

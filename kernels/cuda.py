@@ -116,7 +116,7 @@ class CudaBackend:
             q = operands[0]
             raise ValueError(
                 f"none of {', '.join(sorted(self.kernels))} serves {direction} with head_dim {q.shape[-1]}, {q.dtype}, "
-                f"strides {list(q.stride())} on {architecture(q.device)}: try backend='triton'"
+                f"strides {list(q.stride())} on {architecture(q.device)}: see `longtake tune --show`"
             )
         return choice
 

@@ -55,8 +55,10 @@ def _bounds(tiles, ROWS: gl.constexpr, KEYS: gl.constexpr):
     """Of this program's key tile: first key, first row to walk, number of row tiles from there, and their end."""
     Order, KStart, KEnd, num_keys = tiles
     key = gl.load(Order + gl.program_id(0)) * KEYS
-    first = gl.load(KStart + key) & -4  # TMA loads row vectors from multiples of 16 bytes alone
-    num_tiles = (gl.load(KEnd + gl.minimum(key + KEYS, num_keys) - 1) - first + ROWS - 1) // ROWS
+    start = gl.load(KStart + key)
+    end = gl.load(KEnd + gl.minimum(key + KEYS, num_keys) - 1)
+    first = start & -4  # TMA loads row vectors from multiples of 16 bytes alone
+    num_tiles = gl.where(end > start, (end - first + ROWS - 1) // ROWS, 0)
     return key, first, num_tiles, first + num_tiles * ROWS
 
 
@@ -331,7 +333,8 @@ def backward(
 ) -> None:
     """Adds to dq, float32; writes dk and dv in their dtypes or, with `add`, adds to them, float32.
 
-    q, k, v and dout must fit TMA (`blocks.tma_fits`). lse2 and delta: see `flash_prepare.prepare`.
+    q, k, v and dout must fit TMA (`blocks.tma_fits`), and so must dq: its base and strides are multiples of 16 bytes.
+    lse2 and delta: see `flash_prepare.prepare`.
     """
     num_keys, key_heads, head_dim = k.shape
     d0, d1 = split(head_dim)

@@ -229,6 +229,9 @@ class Pointers:
     def __sub__(self, less: Any) -> "Pointers":
         return Pointers(self.flat, self.offsets - less)
 
+    def __getitem__(self, where: Any) -> "Pointers":
+        return Pointers(self.flat, self.offsets[where])
+
     def at(self, mask: Any) -> tuple[np.ndarray, Tensor]:
         """The mask, and the offsets that it lets through."""
         offsets, mask = np.broadcast_arrays(self.offsets, mask)

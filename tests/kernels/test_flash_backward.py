@@ -14,6 +14,7 @@ from longtake.kernels.visibility import Visibility
 from torch import Tensor
 
 from tests.kernels.closeness import error, normal
+from tests.kernels.far import spread
 from tests.kernels.masks import cases, shard_visibility
 
 CASES = {name: visibility for name, visibility in cases().items() if len(visibility.end) and len(visibility.kend)}
@@ -61,13 +62,6 @@ def backward(
     flash_backward.dkdv(*call, scale=0.125, config=dkdv, dk=into_k, dv=into_v, add=add)
     flash_backward.dq(*call, scale=0.125, config=dq, dq=into_q, add=add)
     return into_q, into_k, into_v
-
-
-def spread(x: Tensor, row: int, head: int) -> Tensor:
-    """x [T, H, D] with these strides, over memory that costs nothing where it is not touched."""
-    far = torch.zeros(1, dtype=x.dtype).untyped_storage()
-    far.resize_(x.itemsize * (row * x.shape[0] + head * x.shape[1]))
-    return torch.empty(0, dtype=x.dtype).set_(far, 0, x.shape, (row, head, 1)).copy_(x)
 
 
 def errors(tensors: Block, visibility: Visibility, **options: Any) -> list[float]:
@@ -156,11 +150,10 @@ def test_strided_gradients_and_addresses_past_2_to_the_31(add: bool, far: bool) 
     tensors = block(visibility)
     out, lse, *_ = expected(tensors, visibility)
     before = normal(*(x.shape for x in tensors[:3]), seed=5)
-    want = backward(tensors, out.float(), lse.float(), visibility, grads=tuple(before) if add else None)
+    into = tuple(x.clone() for x in before) if add else None
+    want = backward(tensors, out.float(), lse.float(), visibility, grads=into)
     row, head = (1 << 26, 64) if far else (3 * 64, 64)
-    strided = tuple(
-        spread(x, row * i, head * i) for i, x in enumerate(normal(*(x.shape for x in before), seed=5), start=1)
-    )
+    strided = tuple(spread(x, row * i, head * i) for i, x in enumerate(before, start=1))
     q, dout = (spread(x, row, head) for x in (tensors[0], tensors[3]))
     prepared = flash_prepare.prepare(spread(out.float(), row, head), lse.float(), dout, tensors[4])
     call: Any = (q, *tensors[1:3], dout, *prepared, visibility)

@@ -16,6 +16,7 @@ from longtake.kernels.visibility import Visibility
 from torch import Tensor
 
 from tests.kernels.closeness import error, normal
+from tests.kernels.far import spread
 from tests.kernels.masks import cases, random_visibility, shard_visibility
 
 CASES = {name: visibility for name, visibility in cases().items() if len(visibility.end) and len(visibility.kend)}
@@ -106,24 +107,18 @@ def test_slices_of_one_projection_are_read_in_place(dtype: torch.dtype) -> None:
     assert torch.equal(got[1], want[1])
 
 
-def spread(x: Tensor, row: int, head: int) -> Tensor:
-    """x [T, H, D] with these strides, over memory that costs nothing where it is not touched."""
-    far = torch.zeros(1, dtype=x.dtype).untyped_storage()
-    far.resize_(x.itemsize * (row * x.shape[0] + head * x.shape[1]))
-    return torch.empty(0, dtype=x.dtype).set_(far, 0, x.shape, (row, head, 1)).copy_(x)
-
-
 @pytest.mark.parametrize("which", [0, 1, 2])
-@pytest.mark.parametrize(("row", "head"), [(1 << 25, 64), (64, (1 << 31) + 64)])
+@pytest.mark.parametrize(("row", "head"), [(1 << 25, 64), (64, (1 << 30) + 64)])
 def test_addresses_past_2_to_the_31(which: int, row: int, head: int) -> None:
     visibility = shard_visibility(70)
-    tensors = [x.half() for x in block(visibility, heads=2, key_heads=2)]
-    want = flash_forward.forward(*tensors, visibility, scale=0.125, config=CONFIG)
-    tensors[which] = spread(tensors[which], row, head)
-    for tma in (True, False):
-        if not tma:
-            tensors[which] = spread(tensors[which], row + 1, head + 1)
-        got = flash_forward.forward(*tensors, visibility, scale=0.125, config=CONFIG)
+    tensors = [x.half() for x in block(visibility, heads=3, key_heads=3)]
+    q, k, v = tensors
+    want = flash_forward.forward(q, k, v, visibility, scale=0.125, config=CONFIG)
+    for unfit in (0, 1):  # for TMA, so that pointers serve
+        tensors[which] = spread(tensors[which], row + unfit, head + unfit)
+        q, k, v = tensors
+        assert blocks.tma_fits(q, k, v) == (not unfit)
+        got = flash_forward.forward(q, k, v, visibility, scale=0.125, config=CONFIG)
         assert torch.equal(got[0], want[0])
 
 

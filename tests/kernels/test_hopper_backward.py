@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from longtake.kernels.visibility import Visibility
 from torch import Tensor
 
 from tests.kernels.closeness import error, normal, ring_step, zigzag
+from tests.kernels.far import spread
 from tests.kernels.gluon_machine import KernelError
 from tests.kernels.gluon_threads import Threads
 from tests.kernels.masks import cases, shard_visibility
@@ -136,12 +136,12 @@ def test_keys_that_nobody_sees_keep_their_sums_to_the_bit() -> None:
     dq, (dk, dv) = torch.zeros_like(q), normal(k.shape, v.shape, seed=3)
     before = dk.clone(), dv.clone()
     for x in (dk, dv):
-        x[96:] = torch.nan  # tiles that nobody sees are not even read
+        x[96:] = -0.0  # would be 0.0 if anything was added
     hopper_backward.backward(q, k, v, dout, *rows, visibility, scale=0.1, config=CONFIG, dq=dq, dk=dk, dv=dv, add=True)
     for x, y, z in zip((dk, dv), before, want[1:], strict=True):
         assert error(x[:70], (y + z)[:70]) <= LIMIT
         assert torch.equal(x[70:96], y[70:96])
-        assert x[96:].isnan().all()
+        assert x[96:].signbit().all()
 
 
 def test_strides_and_16_bits() -> None:
@@ -195,18 +195,11 @@ def test_a_zigzag_ring_of_four_is_one_attention() -> None:
     assert max(error(x, y) for x, y in zip((dq, dk, dv), want, strict=True)) <= LIMIT
 
 
-def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
+def test_offsets_beyond_32_bits() -> None:
     visibility = shard_visibility(40)
     q, k, v, dout, dlse = tensors(visibility, 3, 3, 64)
     rows, want = gradients(q, k, v, dout, dlse, visibility, 0.1)
-    apart = 2**30  # two heads are 2^31 numbers apart: in sparse files, which take no room
-    far = (
-        torch.from_file(str(tmp_path / name), shared=True, size=2 * apart + 40 * 64).as_strided(
-            (40, 3, 64), (64, apart, 1)
-        )
-        for name in ("dk", "dv")
-    )
-    dk, dv = far
+    dk, dv = (spread(torch.full_like(x, torch.nan), 64, 2**30) for x in (k, v))  # two heads are 2^31 numbers apart
     dq = torch.zeros_like(q)
     hopper_backward.backward(q, k, v, dout, *rows, visibility, scale=0.1, config=CONFIG, dq=dq, dk=dk, dv=dv, add=False)
     assert max(error(x, y) for x, y in zip((dq, dk, dv), want, strict=True)) <= LIMIT
@@ -246,7 +239,7 @@ BUGS: dict[str, tuple[str, str]] = {
     "keys past the end visible": ("gl.where(keys < num_keys, gl.load(KEnd + clamped), 0)", "gl.load(KEnd + clamped)"),
     "edge not masked": ("(row < left) | (row >= right)", "row >= right"),
     "other edge not masked": ("(row < left) | (row >= right)", "row < left"),
-    "rows from anywhere": ("gl.load(KStart + key) & -4", "gl.load(KStart + key)"),
+    "rows from anywhere": ("first = start & -4", "first = start"),
     "heads not walked": ("gl.where(wrap, head + 1, head)", "head"),
     "columns of dq": ("column: gl.constexpr = WHICH * D0", "column: gl.constexpr = 0"),
     "halves of the keys": (
