@@ -299,8 +299,8 @@ def forward_kernel(
 ):
     """Grid: up to one program for each multiprocessor; HALF rows for each warpgroup.
 
-    FOLD: OldOut, OldLse are blocks before; IN_PLACE: they are Out, Lse as well, and the tiles that see no key, the last
-    in Order, are left out: the Live [1] first have any.
+    FOLD: OldOut, OldLse are blocks before; IN_PLACE: they are Out, Lse as well, and only the Live [1] first tiles of
+    Order are visited: those behind them span no key.
     """
     if IN_PLACE:
         num_tiles = gl.load(Live) * num_heads
@@ -339,7 +339,7 @@ def forward_kernel(
 
 
 def _live_tiles(visibility: Visibility, rows: int) -> Tensor:
-    """int32 [1]: how many tiles of `rows` query rows see a key. Counted on the device, on first use."""
+    """int32 [1]: how many tiles of `rows` query rows span a key. Counted on the device, on first use."""
     return visibility.memo(
         ("live_tiles", rows), lambda: visibility.tile_spans(rows).count_nonzero().to(torch.int32).reshape(1)
     )

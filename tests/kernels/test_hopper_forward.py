@@ -118,11 +118,11 @@ def test_a_block_folds_into_what_was_before() -> None:
 
 
 def test_rows_that_see_nothing_keep_their_state_to_the_bit() -> None:
-    lo, hi = torch.tensor([[0] * 5 + [10] * 35 + [50] * 60, [9] * 40 + [49] * 60])  # rows 0 to 4 see something
+    lo, hi = torch.tensor([[0] * 5 + [10] * 95, [9] * 100])  # rows 0 to 4 see something
     visibility = Visibility.from_bounds(lo, hi, torch.arange(50))
     q, k, v = tensors(visibility, 4, 2, 64)
     out, lse = normal((100, 4, 64), (4, 100), seed=3)
-    out[32:] = -0.0  # tiles that see nothing: 0.0 if anything was added
+    out[32:] = -0.0  # tiles without keys: 0.0 if they were written
     before = out.clone(), lse.clone()
     hopper_forward.forward(q, k, v, visibility, scale=0.1, config=CONFIG, state=(out, lse))
     assert torch.equal(out[5:], before[0][5:])
