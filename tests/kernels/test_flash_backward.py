@@ -104,13 +104,11 @@ def test_gradients_are_added(name: str) -> None:
 
 
 def test_tiles_that_see_nothing_are_left_alone() -> None:
-    visibility = shard_visibility(64, keys=torch.arange(32, 96).clamp(max=63).unique())
     hidden = shard_visibility(64, torch.arange(32), torch.arange(32, 64))  # queries before all keys
     tensors = block(hidden)
-    grads = tuple(torch.full_like(x, torch.nan) for x in tensors[:3])
+    grads = tuple(torch.full_like(x, -0.0) for x in tensors[:3])  # adding 0.0 would make it 0.0
     backward(tensors, torch.zeros_like(tensors[0]), torch.full((2, 32), -torch.inf), hidden, grads=grads)
-    assert all(x.isnan().all() for x in grads)
-    assert visibility.visited(32, 32) == 1
+    assert all(x.signbit().all() for x in grads)
 
 
 @pytest.mark.parametrize("head_dim", [64, 72])
