@@ -12,6 +12,7 @@ Three ideas:
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -74,6 +75,22 @@ def strides(x: Tensor, tma: bool = False) -> tuple[int, int, tl.constexpr] | Non
         return None
     unit = 8 if x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 else 1
     return x.stride(0) // unit, x.stride(1) // unit, tl.constexpr(unit)
+
+
+def before_and_after(
+    q: Tensor, state: tuple[Tensor, Tensor] | None, final: bool
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(out, lse) that a forward kernel folds into, and that it writes: the state's own but for the last block's out.
+
+    Without a state both are the new ones, and a kernel does not read them.
+    """
+    if state is not None and not final:
+        return state, state
+    out = torch.empty(q.shape, dtype=q.dtype if final else torch.float32, device=q.device)
+    if state is not None:
+        return state, (out, state[1])
+    new = out, torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    return new, new
 
 
 @triton.jit

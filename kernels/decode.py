@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import LN2, LOG2E, load_block, strides, tile_bounds, visible
+from .blocks import LN2, LOG2E, before_and_after, load_block, strides, tile_bounds, visible
 from .device import multiprocessors
 from .table import Config
 from .visibility import Visibility
@@ -280,14 +280,7 @@ def forward(
         num_stages=config.stages,
         enable_fp_fusion=True,
     )
-    old_out, old_lse = state or (None, None)
-    if old_out is None or final:
-        out = torch.empty(q.shape, dtype=q.dtype if final else torch.float32, device=q.device)
-    else:
-        out = old_out
-    lse = torch.empty(num_heads, num_rows, dtype=torch.float32, device=q.device) if old_lse is None else old_lse
-    if old_out is None or old_lse is None:
-        old_out, old_lse = out, lse
+    (old_out, old_lse), (out, lse) = before_and_after(q, state, final)
     merge: Any = merge_kernel
     merge[num_rows, num_heads](
         part,

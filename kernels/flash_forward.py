@@ -3,7 +3,6 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
 # (jit code has types of its own)
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from .blocks import (
     LN2,
     LOG2E,
+    before_and_after,
     load,
     load_block,
     operands,
@@ -187,14 +187,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """See `backend.block_forward`. With `final`, out is a new tensor in q's dtype; lse stays the state's own."""
     num_rows, heads, head_dim = q.shape
-    old_out, old_lse = state or (None, None)
-    if old_out is None or final:
-        out = torch.empty(q.shape, dtype=q.dtype if final else torch.float32, device=q.device)
-    else:
-        out = old_out
-    lse = torch.empty(heads, num_rows, dtype=torch.float32, device=q.device) if old_lse is None else old_lse
-    if old_out is None or old_lse is None:
-        old_out, old_lse = out, lse
+    (old_out, old_lse), (out, lse) = before_and_after(q, state, final)
     tma = use_tma(q, k, v)
     forward_kernel[-(-num_rows // config.rows), heads](
         *operands(q, config.rows, tma),

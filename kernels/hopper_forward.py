@@ -20,7 +20,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 
-from .blocks import LN2, LOG2E, split, strides
+from .blocks import LN2, LOG2E, before_and_after, split, strides
 from .candidates import Config
 from .device import multiprocessors
 from .hopper import (
@@ -358,14 +358,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """See `backend.block_forward`; q, k and v must fit TMA (`blocks.tma_fits`)."""
     num_rows, heads, head_dim = q.shape
-    old_out, old_lse = state or (None, None)
-    if old_out is None or final:
-        out = torch.empty(q.shape, dtype=q.dtype if final else torch.float32, device=q.device)
-    else:
-        out = old_out
-    lse = torch.empty(heads, num_rows, dtype=torch.float32, device=q.device) if old_lse is None else old_lse
-    if old_out is None or old_lse is None:
-        old_out, old_lse = out, lse
+    (old_out, old_lse), (out, lse) = before_and_after(q, state, final)
     in_place = state is not None and not final
     order = visibility.longest_first(config.rows)
     forward_kernel[(min(multiprocessors(q.device), len(order) * heads),)](
