@@ -1,5 +1,5 @@
 # make test: install, lint, types, tests.   make slow: the tests that take longer.   make demo: the whole system here.
-# make newest: what the newest Triton makes of the kernels, in an environment of its own.
+# make newest: what the newest Triton makes of the kernels for head_dim 128, in an environment of its own.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
