@@ -28,8 +28,8 @@ ALL = LISTED_HEAD_DIMS
 SPLIT = (72, 80, 96)
 
 # (architecture, direction, dtypes): rows of (head dims, Config, cost). A cost is the length of the full loop in
-# instructions, times warps, over the pairs of a tile; costs compare within one head dim. Those of decode are guesses: it is
-# bound by memory, and rows of a tile share what is read.
+# instructions, times warps, over the pairs of a tile; costs compare within one head dim. Those of decode are guesses:
+# it is bound by memory, and rows of a tile share what is read.
 _ROWS: dict[tuple[str, str, tuple[str, ...]], list[tuple[tuple[int, ...], Config, float]]] = {
     ("hopper", "forward", HALF): [
         ((64,), Config("flash_forward", 128, 128, 8, 2), 0.224),
