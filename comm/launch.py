@@ -31,23 +31,26 @@ class RankError(RuntimeError):
     """A rank failed; the message names it and holds its traceback."""
 
 
-def launch(body: Callable[..., Any], *args: Any, world_size: int, timeout: timedelta = TIMEOUT) -> Any:
+def launch(
+    body: Callable[..., Any], *args: Any, world_size: int, timeout: timedelta = TIMEOUT, share_gpu: bool = False
+) -> Any:
     """Run body(*args) on `world_size` ranks in one group; returns what rank 0 (joined: this rank) returns.
 
     Under torchrun this process is one of the ranks; a world of one runs here; else the ranks are processes on
     this host, for which `body` must stand at the top level of a module, and `args` and the result be picklable.
+    Where there are GPUs, each rank's becomes its current one; `share_gpu`: several ranks may have the same.
     `timeout` bounds every wait for another rank. Raises ValueError where torchrun's world has another size; and for
     the first rank to fail, ValueError where it raised that or an OSError (a user's mistake), else RankError.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         if int(os.environ["WORLD_SIZE"]) != world_size:
             raise ValueError(f"torchrun started {os.environ['WORLD_SIZE']} ranks, but the grid has {world_size}")
-        return _join(body, args, timeout)
+        return _join(body, args, timeout, share_gpu)
     if world_size < 1:
         raise ValueError(f"world_size {world_size}: no ranks to run on")
     if world_size > 1:
-        return _start(body, args, world_size, timeout)
-    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1, timeout=timeout)
+        return _start(body, args, world_size, timeout, share_gpu)
+    dist.init_process_group(take_device(0, 1), store=HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
         return body(*args)
     finally:
@@ -67,17 +70,42 @@ def share_cores(local_world_size: int) -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
-def _join(body: Callable[..., Any], args: tuple[Any, ...], timeout: timedelta) -> Any:
+def take_device(local_rank: int, local_world_size: int, *, share_gpu: bool = False) -> str:
+    """Make this rank's GPU the current one, where there are any; returns the backends of the process group.
+
+    Ranks that share a GPU are hosts of their own to NCCL, which talk over loopback: it refuses two on one GPU.
+    Raises ValueError for more ranks than GPUs without share_gpu.
+    """
+    if not torch.cuda.is_available():
+        return "gloo"
+    num_gpus = torch.cuda.device_count()
+    if local_world_size > num_gpus:
+        if not share_gpu:
+            raise ValueError(
+                f"{local_world_size} ranks on this host, but {num_gpus} GPUs: take a smaller grid, "
+                "or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU"
+            )
+        os.environ["NCCL_HOSTID"] = f"longtake-{os.getpid()}"  # NCCL before 2.30
+        os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"  # and from then on
+        os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+    torch.cuda.set_device(local_rank % num_gpus)
+    return "cpu:gloo,cuda:nccl"
+
+
+def _join(body: Callable[..., Any], args: tuple[Any, ...], timeout: timedelta, share_gpu: bool) -> Any:
     """Run the body in the group that the environment describes."""
-    share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    dist.init_process_group("gloo", timeout=timeout)
+    local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share_cores(local_world_size)
+    dist.init_process_group(take_device(local_rank, local_world_size, share_gpu=share_gpu), timeout=timeout)
     result = body(*args)
     dist.barrier()  # nobody hangs up while another still talks
     dist.destroy_process_group()
     return result
 
 
-def _start(body: Callable[..., Any], args: tuple[Any, ...], world_size: int, timeout: timedelta) -> Any:
+def _start(
+    body: Callable[..., Any], args: tuple[Any, ...], world_size: int, timeout: timedelta, share_gpu: bool
+) -> Any:
     multiprocessing.set_forkserver_preload(["torch", "torch.distributed", body.__module__])
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(name).addHandler(logging.NullHandler())  # what they would log is raised below
@@ -96,7 +124,7 @@ def _start(body: Callable[..., Any], args: tuple[Any, ...], world_size: int, tim
             shutdown_timeout=5,
         )
         try:
-            return elastic_launch(config, _rank_main)(folder, body, args, timeout)[0]
+            return elastic_launch(config, _rank_main)(folder, body, args, timeout, share_gpu)[0]
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
@@ -105,11 +133,13 @@ def _start(body: Callable[..., Any], args: tuple[Any, ...], world_size: int, tim
             raise _first_failure(Path(folder), world_size, error) from None
 
 
-def _rank_main(folder: str, body: Callable[..., Any], args: tuple[Any, ...], timeout: timedelta) -> Any:
+def _rank_main(
+    folder: str, body: Callable[..., Any], args: tuple[Any, ...], timeout: timedelta, share_gpu: bool
+) -> Any:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every rank: only the parent speaks
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        return _join(body, args, timeout)
+        return _join(body, args, timeout, share_gpu)
     except Exception as error:
         report = {
             "user": isinstance(error, ValueError | OSError),

@@ -4,7 +4,9 @@ rank = (data_rank * ring + ring_rank) * ulysses + ulysses_rank. The axis "sp" is
 "world" is every rank. A mesh holds ints and a transport, no process group: several live side by side.
 """
 
+import os
 import pickle
+from datetime import timedelta
 from functools import cached_property
 from typing import Any, Literal
 
@@ -12,34 +14,52 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from .gloo import GlooTransport
+from .agreement import AgreedTransport
+from .nccl import NcclTransport
+from .torch_transport import TorchTransport
 from .transport import Transport
 
 Axis = Literal["world", "data", "sp", "ring", "ulysses"]
 AXES: tuple[Axis, ...] = ("world", "data", "sp", "ring", "ulysses")
+DEADLINE = timedelta(minutes=10)
 
 
-def axis_ranks(rank: int, axis: Axis, data: int, ring: int, ulysses: int) -> list[int]:
-    """Global ranks along `axis` through `rank`, in axis order."""
-    sp_size = ring * ulysses
-    data_rank, sp_rank = divmod(rank, sp_size)
-    group = data_rank * sp_size
-    ring_rank, ulysses_rank = divmod(sp_rank, ulysses)
-    return {
-        "world": list(range(data * sp_size)),
-        "data": list(range(sp_rank, data * sp_size, sp_size)),
-        "sp": list(range(group, group + sp_size)),
-        "ring": list(range(group + ulysses_rank, group + sp_size, ulysses)),
-        "ulysses": list(range(group + ring_rank * ulysses, group + (ring_rank + 1) * ulysses)),
-    }[axis]
+class Grid:
+    """One rank's place in the grid: ints alone."""
+
+    def __init__(self, rank: int = 0, *, data: int = 1, ring: int = 1, ulysses: int = 1) -> None:
+        self.rank, self.data, self.ring, self.ulysses = rank, data, ring, ulysses
+        self.sp_size = ring * ulysses
+        self.world_size = data * self.sp_size
+        self.data_rank, self.sp_rank = divmod(rank, self.sp_size)
+        self.ring_rank, self.ulysses_rank = divmod(self.sp_rank, ulysses)
+
+    def axis_ranks(self, axis: Axis) -> list[int]:
+        """Global ranks along `axis` through this rank, in axis order."""
+        group = self.data_rank * self.sp_size
+        return {
+            "world": list(range(self.world_size)),
+            "data": list(range(self.sp_rank, self.world_size, self.sp_size)),
+            "sp": list(range(group, group + self.sp_size)),
+            "ring": list(range(group + self.ulysses_rank, group + self.sp_size, self.ulysses)),
+            "ulysses": list(range(self.rank - self.ulysses_rank, self.rank - self.ulysses_rank + self.ulysses)),
+        }[axis]
 
 
-class Mesh:
-    """One rank's place in the grid, and the transport between the ranks.
+class Mesh(Grid):
+    """One rank's place in the grid, and the transport between the ranks. Collective.
 
-    Stands on the default process group; a world of one needs none. `device` is where this rank's tensors live.
-    `alone`: this process by itself, whatever process group there is.
-    Raises ValueError where data x ring x ulysses is not the world size.
+    Stands on the default process group; a world of one needs none.
+
+    Args:
+        device: Where this rank's tensors live; None: the current GPU where there is one, else the CPU.
+        transport: "nccl" (communicators of our own, through CuPy), "torch" (torch.distributed on the default group),
+            or None: nccl on a GPU, torch on the CPU.
+        deadline: How long a transfer may take before it counts as failed.
+        alone: This process by itself, whatever process group there is.
+
+    With LONGTAKE_DEBUG=1 the ranks agree on sizes and dtypes before each transfer (see AgreedTransport).
+    Raises ValueError where data x ring x ulysses is not the world size, and for nccl without a GPU or CuPy.
     """
 
     def __init__(
@@ -48,25 +68,27 @@ class Mesh:
         data: int = 1,
         ring: int = 1,
         ulysses: int = 1,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
+        transport: Literal["nccl", "torch"] | None = None,
+        deadline: timedelta = DEADLINE,
         alone: bool = False,
     ) -> None:
         initialised = not alone and dist.is_available() and dist.is_initialized()
-        self.world_size = dist.get_world_size() if initialised else 1
-        self.rank = dist.get_rank() if initialised else 0
-        if min(data, ring, ulysses) < 1 or data * ring * ulysses != self.world_size:
+        world_size = dist.get_world_size() if initialised else 1
+        if min(data, ring, ulysses) < 1 or data * ring * ulysses != world_size:
             grid = f"data {data} x ring {ring} x ulysses {ulysses} = {data * ring * ulysses} ranks"
-            raise ValueError(f"{grid}, but the world has {self.world_size}")
-        self.data, self.ring, self.ulysses = data, ring, ulysses
-        self.sp_size = ring * ulysses
-        self.data_rank, self.sp_rank = divmod(self.rank, self.sp_size)
-        self.ring_rank, self.ulysses_rank = divmod(self.sp_rank, ulysses)
-        self.device = torch.device(device)
-        self.transport: Transport = GlooTransport(self.rank, {axis: self.axis_ranks(axis) for axis in AXES})
-
-    def axis_ranks(self, axis: Axis) -> list[int]:
-        """Global ranks along `axis` through this rank, in axis order."""
-        return axis_ranks(self.rank, axis, self.data, self.ring, self.ulysses)
+            raise ValueError(f"{grid}, but the world has {world_size}")
+        super().__init__(dist.get_rank() if initialised else 0, data=data, ring=ring, ulysses=ulysses)
+        self.device = default_device() if device is None else torch.device(device)
+        axes = {axis: self.axis_ranks(axis) for axis in AXES}
+        self.host = TorchTransport(self.rank, axes, deadline=deadline)
+        self.transport: Transport = TorchTransport(self.rank, axes, deadline=deadline)
+        if transport == "nccl" or (transport is None and self.device.type == "cuda"):
+            self.transport = NcclTransport(
+                self.rank, axes, device=self.device, gather=self.gather_objects, deadline=deadline
+            )
+        if os.environ.get("LONGTAKE_DEBUG") == "1":
+            self.transport = AgreedTransport(self.transport, self.rank, axes, self.gather_objects)
 
     @cached_property
     def device_mesh(self) -> DeviceMesh:
@@ -74,16 +96,21 @@ class Mesh:
         return init_device_mesh(self.device.type, (self.world_size,))
 
     def gather_objects(self, obj: Any, axis: Axis = "world") -> list[Any]:
-        """Every rank's small picklable `obj` along `axis`, in axis order. Collective along that axis."""
-        payload = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8).to(self.device)
+        """Every rank's small picklable `obj` along `axis`, in axis order. Collective along that axis; on the CPU."""
+        payload = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
         num_peers = len(self.axis_ranks(axis))
-        sizes = torch.empty(num_peers, 1, dtype=torch.int64, device=self.device)
-        size = torch.tensor([payload.numel()], device=self.device)
-        self.transport.all_to_all(axis, [[size]] * num_peers, [[row] for row in sizes])
+        sizes = torch.empty(num_peers, 1, dtype=torch.int64)
+        size = torch.tensor([payload.numel()])
+        self.host.all_to_all(axis, [[size]] * num_peers, [[row] for row in sizes])
         received = [payload.new_empty(num_bytes) for num_bytes in sizes.flatten().tolist()]
-        self.transport.all_to_all(axis, [[payload]] * num_peers, [[buffer] for buffer in received])
-        return [pickle.loads(buffer.cpu().numpy().tobytes()) for buffer in received]
+        self.host.all_to_all(axis, [[payload]] * num_peers, [[buffer] for buffer in received])
+        return [pickle.loads(buffer.numpy().tobytes()) for buffer in received]
 
     def barrier(self) -> None:
         """Wait until every rank of the world is here."""
         self.gather_objects(None)
+
+
+def default_device() -> torch.device:
+    """The current GPU where there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

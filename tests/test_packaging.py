@@ -1,10 +1,14 @@
-"""The wheel holds the modules of the tree, each under its import name, and nothing else."""
+"""The wheel holds the modules of the tree, each under its import name, and nothing else; extras for one CUDA each."""
 
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from zipfile import ZipFile
+
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("kernels", "comm", "model", "train", "infer", "bench")
@@ -25,3 +29,28 @@ def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
         assert "longtake = longtake.bench.cli:main" in archive.read(entry_points).decode()
     modules = {f"longtake/{path.relative_to(ROOT)}" for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
     assert packed == modules
+
+
+def requirements() -> dict[str, list[Requirement]]:
+    """By extra; the core is ""."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    texts = {"": project["dependencies"], **project["optional-dependencies"]}
+    return {extra: list(map(Requirement, lines)) for extra, lines in texts.items()}
+
+
+def test_each_cuda_extra_holds_cupy_and_nothing_of_another_cuda() -> None:
+    asked = requirements()
+    for major in ("12", "13"):
+        names = [one.name for one in asked[f"cuda{major}"]]
+        assert f"cupy-cuda{major}x" in names
+        built_for = [re.search(r"-cu(?:da)?(\d+)x?$", name) for name in names]
+        assert [found and found[1] for found in built_for] == [major] * len(names)  # so PyTorch is in neither
+    assert all("12" not in one.name for one in asked["dev"] + asked[""])  # tests run with one NCCL as well
+
+
+def test_the_tests_run_on_pinned_versions() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {one.name.lower(): one.specifier for one in map(Requirement, lines)}
+    for one in requirements()[""] + requirements()["dev"]:
+        [pin] = pins[one.name.lower()]
+        assert pin.operator == "==" and one.specifier.contains(pin.version), str(one)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from longtake.comm.mesh import AXES, Axis, Mesh, axis_ranks
+from longtake.comm.mesh import AXES, Axis, Grid, Mesh
 
 from tests.ranks import run_ranks
 
@@ -23,7 +23,7 @@ def test_ranks_along_an_axis_differ_in_that_coordinate_alone(data: int, ring: in
                 for other in range(data * ring * ulysses)
                 if all(coordinates(other)[i] == coordinates(rank)[i] for i in fixed)
             ]
-            assert axis_ranks(rank, axis, data, ring, ulysses) == expected
+            assert Grid(rank, data=data, ring=ring, ulysses=ulysses).axis_ranks(axis) == expected
 
 
 def test_a_world_of_one_needs_no_process_group() -> None:

@@ -1,6 +1,7 @@
 """How far results are from a float64 reference, and rings to test on."""
 
 import torch
+import torch.nn.functional as F
 from longtake.kernels.visibility import Visibility
 from torch import Tensor
 
@@ -15,6 +16,16 @@ def error(got: Tensor, want: Tensor) -> float:
     if not finite.any():
         return 0.0
     return float((got.double() - want.double())[finite].abs().max() / want[finite].abs().max().clamp_min(1e-9))
+
+
+def lost(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, want: Tensor) -> float:
+    """What PyTorch's own attention loses in the inputs' dtype, where a row sees anything. Scale: 1 / sqrt(head_dim)."""
+    keys = torch.arange(len(visibility.kend))
+    mask = (keys >= visibility.start[:, None]) & (keys < visibility.end[:, None])
+    seeing = mask.any(1)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q[seeing], k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[seeing], enable_gqa=True)
+    return error(out[0].transpose(0, 1), want[seeing])
 
 
 def normal(*shapes: tuple[int, ...], seed: int = 0) -> list[Tensor]:

@@ -245,7 +245,7 @@ from longtake.kernels.visibility import Visibility
 
 def grow():
     for n, rows in ((1, 1), (2, 1), (15, 2), (16, 2), (17, 1), (1024, 1), (4097, 16), (2**20, 17)):
-        bounds = Visibility(*(torch.empty(t, dtype=torch.int32, device="meta") for t in (rows, rows, n, n)))
+        bounds = Visibility(*(torch.empty(rows, dtype=torch.int32, device="meta") for _ in range(2)), n)
         q = torch.empty(rows, 4, 64, dtype=torch.bfloat16, device="meta")
         slots, heads_first = q.new_empty(3, 2**21, 2, 64)[1, :n], q.new_empty(2, n, 64).transpose(0, 1)
         for cache in (slots, heads_first):

@@ -1,6 +1,7 @@
 """The plain forward kernel, interpreted, against the float64 reference. All memory that the host takes is NaN at first.
 
-Limits, relative to the largest value: 1e-6 for out, 1e-5 for lse.
+Limits, relative to the largest value: 1e-6 for out, or twice what PyTorch's float32 attention loses on the same tensors
+(over hundreds of keys that is more, by an amount that depends on the processor's matrix products); 1e-5 for lse.
 """
 
 from itertools import pairwise
@@ -15,7 +16,7 @@ from longtake.kernels.candidates import Config
 from longtake.kernels.visibility import Visibility
 from torch import Tensor
 
-from tests.kernels.closeness import error, normal
+from tests.kernels.closeness import error, lost, normal
 from tests.kernels.far import spread
 from tests.kernels.masks import cases, random_visibility, shard_visibility
 
@@ -45,8 +46,8 @@ def errors(tensors: Block, visibility: Visibility, config: Config = CONFIG) -> t
     return error(out, want_out), error(lse, want_lse)
 
 
-def assert_close(found: tuple[float, float]) -> None:
-    assert found[0] <= 1e-6
+def assert_close(found: tuple[float, float], *, lost: float = 0.0) -> None:
+    assert found[0] <= max(1e-6, 2 * lost)
     assert found[1] <= 1e-5
 
 
@@ -55,7 +56,10 @@ SLOW = ("wide window", "window both ways")  # hundreds of tokens
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES])
 def test_every_mask(name: str) -> None:
-    assert_close(errors(block(CASES[name]), CASES[name]))
+    tensors = block(CASES[name])
+    q, k, v = (x.double() for x in tensors)
+    want, _ = reference.forward(q, k, v, CASES[name], scale=q.shape[-1] ** -0.5)
+    assert_close(errors(tensors, CASES[name]), lost=lost(*tensors, CASES[name], want))
 
 
 @pytest.mark.parametrize("head_dim", [40, 64, 72, 80, 96, 128, 256])
