@@ -1,19 +1,24 @@
 # make test: install, lint, types, tests.   make slow: the tests that take longer.   make demo: the whole system here.
+# make gpu: what needs a GPU: ranks that share one, over NCCL.
 # make newest: what the newest Triton makes of the kernels for head_dim 128, in an environment of its own.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TRITON ?= 3.6.0# the PyTorch on PyPI pins one of its own: make test TRITON=3.7.1 for 2.13
 NEWEST := .venv-newest
 NEWEST_TRITON := 3.9.0
 
-.PHONY: test slow lint demo newest clean
+.PHONY: test slow gpu lint demo newest clean
 
 test: lint
 	$(BIN)/pytest -q -m "not slow"
 
 slow: $(INSTALLED)
 	$(BIN)/pytest -q -m slow
+
+gpu: $(INSTALLED)
+	LONGTAKE_TEST_GPU=1 $(BIN)/pytest -q tests/gpu
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -28,8 +33,7 @@ newest: $(NEWEST)/.installed
 
 $(NEWEST)/.installed: $(INSTALLED)
 	$(PYTHON) -m venv $(NEWEST)
-	grep -v '^triton==' constraints.txt > $(NEWEST)/constraints.txt
-	$(NEWEST)/bin/pip install --quiet --constraint $(NEWEST)/constraints.txt --editable . triton==$(NEWEST_TRITON)
+	$(NEWEST)/bin/pip install --quiet --constraint constraints.txt --editable . triton==$(NEWEST_TRITON)
 	@touch $@
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -37,7 +41,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "longtake needs Python 3.11 or later, found %d.%d (make PYTHON=/path/to/python)" % v[:2])'
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot create virtual environments: install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]' triton==$(TRITON)
 	@touch $@
 
 clean:

@@ -162,7 +162,7 @@ def surrounded(x: Tensor, margin: int) -> Tensor:
 
 def rows_of(visibility: Visibility, rows: slice) -> Visibility:
     """For the reference, which reads no more than start and end."""
-    return Visibility(visibility.start[rows], visibility.end[rows], visibility.kstart, visibility.kend)
+    return Visibility(visibility.start[rows], visibility.end[rows], visibility.num_keys)
 
 
 def chunks(num_rows: int) -> Iterator[slice]:

@@ -9,10 +9,11 @@ COMMANDS = {
     "train": ("longtake.train.command", "train one stage from a TOML file"),
     "generate": ("longtake.infer.generate", "ask about a video"),
     "needle": ("longtake.infer.needle_command", "needle in a haystack: frames x depths"),
+    "doctor": ("longtake.bench.doctor", "whether training would run on this machine; if not, what cures it"),
     "tune": ("longtake.bench.tune", "find out which attention kernels are right and fastest on this GPU, once"),
-    "bench": (None, "one microbenchmark: attention, ring, step, layout, compiled, decode"),
+    "bench": (None, "one microbenchmark: attention, ring, comm, step, layout, compiled, decode"),
 }
-BENCHMARKS = ("attention", "ring", "step", "layout", "compiled", "decode")
+BENCHMARKS = ("attention", "ring", "comm", "step", "layout", "compiled", "decode")
 
 
 def usage() -> str:

@@ -92,17 +92,25 @@ def cuda_stopwatch(device: torch.device, allowance: Allowance, *, heat_seconds: 
         host = [_host_ms(call, device) for call in calls]  # compiles, too
         idle = heat_seconds if idle_since is None else time.perf_counter() - idle_since
         _heat(heater, min(idle, heat_seconds), device)
-        samples: list[list[float]] = [[] for _ in calls]
-        deadline = time.perf_counter() + allowance.seconds
-        for round_index in range(MAX_ROUNDS):
-            if round_index >= MIN_ROUNDS and time.perf_counter() > deadline:
-                break
-            for i, ms in _timed_round(calls, host, turns(len(calls), round_index), flush, device):
-                samples[i].append(ms)
+        samples = _rounds(len(calls), allowance, lambda order: _timed_round(calls, host, order, flush, device))
         idle_since = time.perf_counter()
         return [summary(*pair) for pair in zip(samples, host, strict=True)]
 
     return measure
+
+
+def _rounds(
+    num_calls: int, allowance: Allowance, timed_round: Callable[[Sequence[int]], list[tuple[int, float]]]
+) -> list[list[float]]:
+    """Milliseconds of each call, round after round in turns, until the allowance is spent."""
+    samples: list[list[float]] = [[] for _ in range(num_calls)]
+    deadline = time.perf_counter() + allowance.seconds
+    for round_index in range(MAX_ROUNDS):
+        if round_index >= MIN_ROUNDS and time.perf_counter() > deadline:
+            break
+        for i, ms in timed_round(turns(num_calls, round_index)):
+            samples[i].append(ms)
+    return samples
 
 
 def _host_ms(call: Call, device: torch.device) -> float:
@@ -144,6 +152,23 @@ def _timed_round(
         events.append((i, began, ended))
     torch.cuda.synchronize(device)
     return [(i, began.elapsed_time(ended)) for i, began, ended in events]
+
+
+def wall_stopwatch(allowance: Allowance) -> Stopwatch:
+    """A stopwatch for a CPU, where a call is over when it returns. Each call runs once before."""
+
+    def timed(call: Call) -> float:
+        began = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - began)
+
+    def measure(calls: Sequence[Call]) -> list[Timing]:
+        for call in calls:
+            call()
+        samples = _rounds(len(calls), allowance, lambda order: [(i, timed(calls[i])) for i in order])
+        return [summary(times) for times in samples]
+
+    return measure
 
 
 def fake_stopwatch(calls: Sequence[Call]) -> list[Timing]:

@@ -38,4 +38,4 @@ def parity(config: TrainConfig, mesh: Mesh) -> dict[str, dict[str, float]]:
 def _measure(model: VisionLanguageModel, loader: StepLoader, mesh: Mesh) -> dict[str, float]:
     loss = compute_gradients(model, loader.load(0), mesh)
     loader.close()
-    return {"loss": loss, "grad_norm": clip_gradients(model, float("inf"))}
+    return {"loss": float(loss), "grad_norm": float(clip_gradients(model, float("inf")))}

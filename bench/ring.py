@@ -1,16 +1,18 @@
-"""`longtake bench ring`: 2D attention on gloo ranks of this host, for each grid and route.
+"""`longtake bench ring`: 2D attention on the ranks of this host, for each grid and route.
 
-    python -m longtake.bench.ring [--world 4] [--tokens 4096] [--json FILE]
+    longtake bench ring [--world 4] [--tokens 4096] [--json FILE]
+    longtake bench ring --trace FILE              a profile of one forward and backward, for each rank
+    longtake bench ring --virtual RINGxULYSSES    on one device, block by block: see its own --help
 
 One causal sequence in zigzag, then packed documents of mixed lengths in the balanced layout.
 ms: of the slowest rank, median of the repeats. MiB: what leaves a rank in a forward and a backward, of the busiest rank
 and of all. work: visible (query, key) pairs times heads, counted, of the busiest rank / of the idlest. time: forward
-and backward / those of route `direct`. The peer does the same work, where it is installed.
+and backward / those of route `direct`. On CPUs the peer does the same work, where it is installed.
 """
 
 import argparse
 import json
-import platform
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,10 +25,11 @@ from torch import Tensor
 
 from ..comm.launch import launch
 from ..comm.layout import Layout, balanced, contiguous
-from ..comm.mesh import Mesh
+from ..comm.mesh import Mesh, default_device
 from ..model.attention_plan import AttentionPlan, Route, holdings, plan_attention
 from ..model.sequence_parallel import planned_attention
 from ..model.ulysses import HeadSplit
+from .peaks import device_name
 from .peer import PACKAGE, peer_attention, peer_limit, peer_version
 
 LINE = "{:<9} {:<5} {:<7} {:>9} {:>9} {:>8} {:>8} {:>6} {:>6}  {}"
@@ -36,17 +39,18 @@ Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured. Float32, causal."""
+    """What is measured. Causal."""
 
     num_tokens: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     repeats: int
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value < 1:
+            if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
 
@@ -75,7 +79,8 @@ def shards(layout: Layout, mesh: Mesh, setting: Setting) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     heads = (setting.num_heads, setting.num_kv_heads, setting.num_kv_heads, setting.num_heads)
     whole = [torch.randn(setting.num_tokens, h, setting.head_dim, generator=generator) for h in heads]
-    q, k, v, dout = (layout.shard(x, mesh.sp_rank) for x in whole)
+    dtype = getattr(torch, setting.dtype)
+    q, k, v, dout = (layout.shard(x, mesh.sp_rank).to(mesh.device, dtype) for x in whole)
     return [*(x.requires_grad_() for x in (q, k, v)), dout]
 
 
@@ -150,13 +155,17 @@ def measure(cases: Mapping[str, Case], mesh: Mesh, repeats: int) -> dict[str, di
 def timed(case: Case, mesh: Mesh) -> tuple[float, float]:
     """Seconds of one forward and of one backward on this rank, all ranks starting together."""
     *qkv, dout = case.tensors
+    device = torch.get_device_module(mesh.device)
+    device.synchronize()
     mesh.barrier()
     began = time.perf_counter()
     out = case.kernel(*qkv)
+    device.synchronize()
     forward = time.perf_counter() - began
     mesh.barrier()
     began = time.perf_counter()
     torch.autograd.grad(out, qkv, dout)
+    device.synchronize()
     return forward, time.perf_counter() - began
 
 
@@ -166,10 +175,11 @@ def bytes_sent(mesh: Mesh) -> int:
 
 
 def measure_grid(mesh: Mesh, cu_seqlens: Tensor, setting: Setting) -> dict[str, dict[str, Any]]:
-    """A row for each route, and for the peer where it is installed. Collective."""
+    """A row for each route, and for the peer where it is installed and can run. Collective."""
     routes = get_args(Route) if mesh.ring > 1 else ("direct",)  # in a ring of one they are the same
     cases = {route: route_case(mesh, cu_seqlens, route, setting) for route in routes}
-    peer = peer_case(mesh, cu_seqlens, setting) if peer_version() else None
+    on_cpu = mesh.device.type == "cpu"  # where the peer has a kernel that we can call
+    peer = peer_case(mesh, cu_seqlens, setting) if on_cpu and peer_version() else None
     if isinstance(peer, Case):
         cases["peer"] = peer
     rows = measure(cases, mesh, setting.repeats)
@@ -204,24 +214,45 @@ def format_row(row: dict[str, Any]) -> str:
     return LINE.format(*cells, row.get("note", "")).rstrip()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="longtake bench ring", description=__doc__)
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="longtake bench ring", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--virtual", metavar="RINGxULYSSES", help="the ranks of a grid in turn on one device")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="profile the ring instead; writes FILE-rank0, ...")
     parser.add_argument("--world", type=int, default=4, help="ranks (4)")
     parser.add_argument("--tokens", type=int, default=4096, help="of all ranks together (4096)")
     parser.add_argument("--heads", type=int, default=8, help="query heads (8)")
     parser.add_argument("--kv-heads", type=int, default=4, help="key and value heads (4)")
     parser.add_argument("--head-dim", type=int, default=64, help="(64)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(float32; --trace: bf16)")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls of each case (3)")
+    parser.add_argument("--share-gpu", action="store_true", help="let ranks share a GPU, over loopback")
     parser.add_argument("--json", type=Path, help="also write the table here")
-    args = parser.parse_args(argv)
-    setting = Setting(args.tokens, args.heads, args.kv_heads, args.head_dim, args.repeats)
-    rows = launch(benchmark, setting, args.world, world_size=args.world)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    words = sys.argv[1:] if argv is None else argv
+    if any(word.partition("=")[0] == "--virtual" for word in words):
+        from . import ring_virtual
+
+        ring_virtual.main(words)
+        return
+    args = parse(words)
+    setting = Setting(args.tokens, args.heads, args.kv_heads, args.head_dim, args.repeats, args.dtype)
+    if args.trace:
+        from . import trace
+
+        trace.run(setting, args.world, args.trace, share_gpu=args.share_gpu)
+        return
+    rows = launch(benchmark, setting, args.world, world_size=args.world, share_gpu=args.share_gpu)
     if rows is None:
         return
     installed = peer_version()
     print(f"peer: {PACKAGE} {installed or f'not installed (pip install {PACKAGE})'}")
     if args.json:
-        report = {"torch": torch.__version__, "machine": platform.machine(), "peer": installed}
+        report = {"torch": torch.__version__, "device": device_name(default_device()), "peer": installed}
         report |= {"setting": asdict(setting), "rows": rows}
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 

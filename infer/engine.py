@@ -16,12 +16,13 @@ from torch import Tensor
 from ..comm.layout import Layout, balanced
 from ..comm.mesh import Mesh
 from ..kernels.backend import block_forward
+from ..kernels.device import to_device
 from ..kernels.visibility import Visibility, mask_bounds
 from ..model.attention_plan import plan_attention
 from ..model.batch import Document, packed_frame_starts
 from ..model.features import route_frames
 from ..model.ring import ring_attention
-from ..model.ulysses import HeadSplit, to_heads, to_tokens
+from ..model.ulysses import HeadSplit, pick_heads, to_heads, to_tokens
 from ..model.vlm import VisionLanguageModel
 from .merge import merge_partials
 from .sampling import sample
@@ -120,10 +121,10 @@ class KeyValueCache:
         self.parts = [torch.cat([part, chunk.layout.ring_part(r) + chunk.first]) for r, part in enumerate(self.parts)]
 
     def find(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of the positions are held here, bool like them, and the local slots of those."""
+        """Which of the positions are held here, as indices, and the local slots of those."""
         slots = torch.searchsorted(self.positions, positions)
         held = torch.searchsorted(self.positions, positions, right=True) > slots
-        return held, slots[held]
+        return held.nonzero().squeeze(1), slots[held]
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         self.keys[layer, slots], self.values[layer, slots] = k, v
@@ -164,11 +165,12 @@ class Engine:
         active = list(range(len(prompts)))
         for step in range(max_new_tokens):
             tokens = sample(self.model.llm.logits(hidden), temperature=temperature, top_p=top_p, generator=generator)
-            yield _spread(tokens.tolist(), active, len(prompts))
-            going = [i for i, token in enumerate(tokens.tolist()) if token != stop]
+            said = tokens.tolist()  # the one wait for the device: the caller wants to read it
+            yield _spread(said, active, len(prompts))
+            going = [i for i, token in enumerate(said) if token != stop]
             if not going or step == max_new_tokens - 1:
                 return
-            active, tokens = [active[i] for i in going], tokens[going]
+            active, tokens = [active[i] for i in going], tokens[to_device(torch.tensor(going), tokens.device)]
             positions = slots.cu_seqlens[active] + slots.prompt_lengths[active] + step
             hidden = self._decode(slots, cache, positions, tokens)
 
@@ -181,10 +183,9 @@ class Engine:
         last_tokens = []
         for chunk in chunks:
             positions, hidden = self._prefill_chunk(slots, cache, chunk, read_frames)
-            mine = torch.isin(positions, ends)
-            last_tokens.append((positions[mine], hidden[mine.to(hidden.device)]))
-        positions, hidden = (torch.cat(parts) for parts in zip(*last_tokens, strict=True))
-        return cache, self._everywhere(positions, hidden)
+            mine = torch.isin(positions, ends).nonzero().squeeze(1)
+            last_tokens.append(hidden[to_device(mine, hidden.device)])
+        return cache, self._everywhere(chunks, ends, torch.cat(last_tokens))
 
     def _chunks(self, slots: Slots) -> list[Chunk]:
         """The axis in chunks, each dealt out by itself, with its documents balanced."""
@@ -212,7 +213,7 @@ class Engine:
             cu_seqlens=slots.cu_seqlens,
         )
         group = slice(mesh.ring_rank * mesh.ulysses, (mesh.ring_rank + 1) * mesh.ulysses)
-        new_slots = cache.find(torch.cat(queries[group]))[1].to(mesh.device)
+        new_slots = to_device(cache.find(torch.cat(queries[group]))[1], mesh.device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = to_heads(q, k, v, heads=cache.heads, plan=plan)
@@ -220,43 +221,45 @@ class Engine:
             out = ring_attention(q, *cache.read(layer), plan, scale=q.shape[-1] ** -0.5)
             return to_tokens(out, heads=cache.heads, plan=plan)
 
-        mine = queries[mesh.sp_rank]
-        embedded = self._embed(slots, chunk, read_frames)[slots.filled[held[mesh.sp_rank]].to(mesh.device)]
-        return mine, self.model.llm(embedded, slots.place_in_document(mine).to(mesh.device), attend)
+        mine, filled = queries[mesh.sp_rank], slots.filled[held[mesh.sp_rank]].nonzero().squeeze(1)
+        embedded = self._embed(slots, chunk, read_frames)[to_device(filled, mesh.device)]
+        return mine, self.model.llm(embedded, to_device(slots.place_in_document(mine), mesh.device), attend)
 
     def _embed(self, slots: Slots, chunk: Chunk, read_frames: ReadFrames) -> Tensor:
         """Embeddings [n, C] of this rank's slots of a chunk, filled or not, from the frames that it encodes."""
         begin, end = torch.searchsorted(slots.frame_starts, torch.tensor([chunk.first, chunk.last])).tolist()
         starts = slots.frame_starts[begin:end] - chunk.first
         route = route_frames(starts, self.model.config.tokens_per_frame, chunk.layout, self.mesh)
-        pixels = read_frames(begin + route.first, begin + route.last).to(self.mesh.device)
-        return self.model.embed(slots.input_ids[chunk.positions(self.mesh.sp_rank)].to(self.mesh.device), pixels, route)
+        pixels = to_device(read_frames(begin + route.first, begin + route.last), self.mesh.device)
+        input_ids = to_device(slots.input_ids[chunk.positions(self.mesh.sp_rank)], self.mesh.device)
+        return self.model.embed(input_ids, pixels, route)
 
-    def _everywhere(self, positions: Tensor, hidden: Tensor) -> Tensor:
-        """Hidden states of all prompts' last tokens, in the order of their positions, from the ranks that have them."""
-        parts = self.mesh.gather_objects((positions, hidden.cpu()), "sp")
-        order = torch.cat([p for p, _ in parts]).argsort()
-        return torch.cat([h for _, h in parts])[order].to(self.mesh.device)
+    def _everywhere(self, chunks: Sequence[Chunk], ends: Tensor, hidden: Tensor) -> Tensor:
+        """Hidden states [num_prompts, C] of all prompts' last tokens, at `ends`, from this rank's: [n, C], rising."""
+        ranks = range(self.mesh.sp_size)
+        held = [torch.cat([chunk.positions(rank) for chunk in chunks]) for rank in ranks]
+        held = [positions[torch.isin(positions, ends)] for positions in held]
+        everyone = [hidden.new_empty(len(positions), hidden.shape[1]) for positions in held]
+        self.mesh.transport.all_to_all("sp", [[hidden] for _ in ranks], [[part] for part in everyone])
+        return torch.cat(everyone)[to_device(torch.cat(held).argsort(), hidden.device)]
 
     def _decode(self, slots: Slots, cache: KeyValueCache, positions: Tensor, tokens: Tensor) -> Tensor:
         """One more token [B] of the documents at slots `positions` [B]. Every rank runs them; attention is shared."""
         mesh, heads = self.mesh, cache.heads
         bounds = mask_bounds(positions, num_tokens=len(slots.input_ids), causal=True, cu_seqlens=slots.cu_seqlens)
-        visibility = Visibility.from_bounds(*bounds, cache.positions)
-        owned, new_slots = (x.to(mesh.device) for x in cache.find(positions))
+        visibility = Visibility.from_bounds(*bounds, cache.positions).to(mesh.device)
+        owned, new_slots = (to_device(x, mesh.device) for x in cache.find(positions))
         my_q, my_kv = heads.q[mesh.ulysses_rank], heads.kv[mesh.ulysses_rank]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            k, v = k[owned, my_kv], v[owned, my_kv]
-            if cache.expand is not None:
-                k, v = k[:, cache.expand], v[:, cache.expand]
+            k, v = (pick_heads(x[owned, my_kv], cache.expand) for x in (k, v))
             cache.write(layer, new_slots, k, v)
             keys, values = cache.read(layer)
             out, lse = block_forward(q[:, my_q].contiguous(), keys, values, visibility, scale=q.shape[-1] ** -0.5)
             return merge_partials(out, lse, heads, mesh).to(q.dtype)
 
         embedded = self.model.llm.embed(tokens)
-        return self.model.llm(embedded, slots.place_in_document(positions).to(mesh.device), attend)
+        return self.model.llm(embedded, to_device(slots.place_in_document(positions), mesh.device), attend)
 
 
 def _spread(tokens: list[int], active: list[int], num_prompts: int) -> list[int | None]:

@@ -24,6 +24,8 @@ def sample(
     if temperature == 0:
         return logits.argmax(dim=-1)
     probabilities, order = (logits.double() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    probabilities[probabilities.cumsum(dim=-1) - probabilities >= top_p] = 0
-    drawn = torch.multinomial(probabilities, num_samples=1, generator=generator)
+    probabilities.masked_fill_(probabilities.cumsum(dim=-1) - probabilities >= top_p, 0)
+    # What torch.multinomial draws, bit for bit, without its checks, which wait for the device twice.
+    races = torch.empty_like(probabilities).exponential_(generator=generator)
+    drawn = (probabilities / races).argmax(dim=-1, keepdim=True)
     return order.gather(-1, drawn).squeeze(-1)

@@ -150,8 +150,8 @@ def _visibility(
     window: int | None,
     device: torch.device,
 ) -> Visibility:
-    queries, keys = (torch.tensor(offsets, device=device) for offsets in (query_offsets, key_offsets))
-    return _documents(queries, keys, query_offsets[-1], key_offsets[-1], causal, window)
+    queries, keys = torch.tensor(query_offsets), torch.tensor(key_offsets)
+    return _documents(queries, keys, query_offsets[-1], key_offsets[-1], causal, window).to(device)
 
 
 def _documents(

@@ -123,8 +123,9 @@ def choose(
 ) -> Choice | None:
     """The first of `ranking`, None where it is empty.
 
-    Asked once for each mask: what a kernel visits is counted on the device, and waited for. While a CUDA graph is
-    recorded nothing is counted, but a choice that was made before stands: what it launches is compiled.
+    Asked once for each mask: what a kernel visits is counted on the CPU, or waited for where the mask was made on
+    the device. While a CUDA graph is recorded nothing is counted, but a choice that was made before stands: what it
+    launches is compiled.
     """
 
     def find() -> Choice | None:

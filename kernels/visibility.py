@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .device import to_device
 from .tiles import Tile, plan_tiles
 
 
@@ -93,15 +94,16 @@ class Visibility:
 
     Attributes:
         start, end: int32 [num_queries], row i sees the local keys `start[i] <= j < end[i]`.
-        kstart, kend: int32 [num_keys], key j is seen by the rows `kstart[j] <= i < kend[j]`.
+        num_keys: key rows of the block.
+        host: the same mask on the CPU, where it was made there. Counts are taken from it, without a wait.
 
-    All four are non-decreasing. A row that sees nothing has start == end at its insertion point.
+    Both rows are non-decreasing. A row that sees nothing has start == end at its insertion point.
     """
 
     start: Tensor
     end: Tensor
-    kstart: Tensor
-    kend: Tensor
+    num_keys: int
+    host: "Visibility | None" = field(default=None, repr=False)
     _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -109,15 +111,34 @@ class Visibility:
         """From `lo, hi` int64 [num_queries] of `mask_bounds` and `key_positions` int64 [num_keys], increasing."""
         start = torch.searchsorted(key_positions, lo, out_int32=True)
         end = torch.searchsorted(key_positions, hi, right=True, out_int32=True)
-        key = torch.arange(len(key_positions), dtype=torch.int32, device=key_positions.device)
-        kstart = torch.searchsorted(end, key, right=True, out_int32=True)
-        kend = torch.searchsorted(start, key, right=True, out_int32=True)
-        return cls(start, end, kstart, kend)
+        return cls(start, end, len(key_positions))
+
+    def to(self, device: torch.device) -> "Visibility":
+        """The same mask for tensors on `device`. From the CPU to a GPU without a wait, then or later."""
+        if device == self.start.device:
+            return self
+        rows = to_device(self.start, device), to_device(self.end, device)
+        return Visibility(*rows, self.num_keys, host=self if self.start.is_cpu else None)
+
+    @cached_property
+    def kstart(self) -> Tensor:
+        """int32 [num_keys], non-decreasing: key j is seen by the rows `kstart[j] <= i < kend[j]`."""
+        return self._rows_up_to_key(self.end)
+
+    @cached_property
+    def kend(self) -> Tensor:
+        """See `kstart`."""
+        return self._rows_up_to_key(self.start)
+
+    def _rows_up_to_key(self, bounds: Tensor) -> Tensor:
+        key = torch.arange(self.num_keys, dtype=torch.int32, device=bounds.device)
+        return torch.searchsorted(bounds, key, right=True, out_int32=True)
 
     @cached_property
     def area(self) -> int:
         """Number of visible (query, key) pairs."""
-        return int((self.end - self.start).sum(dtype=torch.int64))
+        counted = self.host or self
+        return int((counted.end - counted.start).sum(dtype=torch.int64))
 
     def memo(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` returned when it was first asked for under `key`: kept as long as the mask is."""
@@ -128,7 +149,7 @@ class Visibility:
     @cached_property
     def transposed(self) -> "Visibility":
         """The same mask with keys as rows: what a kernel that walks the queries of a key tile works on."""
-        return Visibility(self.kstart, self.kend, self.start, self.end)
+        return Visibility(self.kstart, self.kend, len(self.start), host=self.host and self.host.transposed)
 
     def tile_spans(self, rows: int) -> Tensor:
         """Keys that each tile of `rows` query rows spans, hidden ones between included: int32 [ceil(Tq / rows)]."""
@@ -146,10 +167,13 @@ class Visibility:
         )
 
     def visited(self, rows: int, keys: int) -> int:
-        """Pairs of a query tile of `rows` and a key tile of `keys` that a kernel visits; waits for the device once."""
+        """Pairs of a query tile of `rows` and a key tile of `keys` that a kernel visits.
+
+        Waits for the device, once, where the mask was not made on the CPU.
+        """
 
         def count() -> int:
-            tiles = (self.tile_spans(rows) + keys - 1).div(keys, rounding_mode="floor")
+            tiles = ((self.host or self).tile_spans(rows) + keys - 1).div(keys, rounding_mode="floor")
             return int(tiles.sum(dtype=torch.int64))
 
         return self.memo(("visited", rows, keys), count)

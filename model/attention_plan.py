@@ -1,7 +1,11 @@
-"""The plan of 2D attention for one batch: pure index work, done once and used by every layer."""
+"""The plan of 2D attention for one batch: pure index work, done once and used by every layer.
+
+It is made on the CPU, where every count is known without a wait; what kernels and indexing read is then moved to the
+mesh's device, once.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -10,6 +14,7 @@ from torch import Tensor
 from ..comm.layout import Layout
 from ..comm.mesh import Mesh
 from ..comm.plan import Rows, Step, direct, relay
+from ..kernels.device import to_device
 from ..kernels.visibility import Visibility, mask_bounds
 
 Route = Literal["direct", "relay"]
@@ -19,7 +24,8 @@ Route = Literal["direct", "relay"]
 class AttentionPlan:
     """Who sends which key rows to whom, and what each step's queries see of them. Made once a batch.
 
-    counts: tokens that each Ulysses rank of this ring rank brings in; visibility: one a step.
+    counts: tokens that each Ulysses rank of this ring rank brings in; visibility: one a step. On the mesh's device
+    are the visibility and the steps' send_rows; their rows, which no step indexes with, stay on the CPU.
     """
 
     mesh: Mesh
@@ -68,9 +74,16 @@ def plan_attention(
         steps = direct(needed, me)
     else:
         steps = relay([len(part) for part in keys], me)
-    visibility = [Visibility.from_bounds(*bounds[me], take(keys[step.source], step.rows)) for step in steps]
-    counts = tuple(len(q) for q in queries[me * group : (me + 1) * group])
-    return AttentionPlan(mesh, route, counts, tuple(steps), tuple(visibility), backend, deterministic)
+    masks = [Visibility.from_bounds(*bounds[me], take(keys[step.source], step.rows)) for step in steps]
+    return AttentionPlan(
+        mesh,
+        route,
+        counts=tuple(len(q) for q in queries[me * group : (me + 1) * group]),
+        steps=tuple(_on_device(step, mesh.device) for step in steps),
+        visibility=tuple(mask.to(mesh.device) for mask in masks),
+        backend=backend,
+        deterministic=deterministic,
+    )
 
 
 def holdings(layout: Layout) -> tuple[list[Tensor], list[Tensor]]:
@@ -85,6 +98,11 @@ _NOTHING = torch.empty(0, dtype=torch.int64)
 def _seen_rows(bounds: tuple[Tensor, Tensor], keys: Tensor) -> Tensor:
     visibility = Visibility.from_bounds(*bounds, keys)
     return (visibility.kend > visibility.kstart).nonzero().flatten()
+
+
+def _on_device(step: Step, device: torch.device) -> Step:
+    rows = step.send_rows
+    return replace(step, send_rows=to_device(rows, device)) if isinstance(rows, Tensor) else step
 
 
 def take(x: Tensor, rows: Rows) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..comm.layout import Layout, balanced, contiguous, zigzag
 from ..comm.mesh import Mesh
+from ..kernels.device import to_device
 from .attention_plan import AttentionPlan, Route, holdings, plan_attention
 from .features import FrameRoute, route_frames
 
@@ -36,7 +37,8 @@ class Document(Protocol):
 class ShardedBatch:
     """One rank's tokens of a packed sequence. input_ids, positions, targets int64 and weights float32: [S_local].
 
-    positions restart at each document; targets[i] is the token that follows, weights[i] its share of the loss.
+    positions restart at each document; targets[i] is the token that follows, weights[i] its share of the loss;
+    loss_rows: int64 [n], the tokens whose weight is not 0. All tensors are on the mesh's device.
     num_tokens, num_frames, total_weight: of the whole sequence, all ranks of the group together.
     """
 
@@ -44,6 +46,7 @@ class ShardedBatch:
     positions: Tensor
     targets: Tensor
     weights: Tensor
+    loss_rows: Tensor
     frames: FrameRoute
     attention: AttentionPlan
     num_tokens: int
@@ -92,14 +95,10 @@ def shard_documents(
     weights = torch.cat([nothing, *(_next(d.loss_weight) for d in documents)])
     frame_starts = packed_frame_starts(documents, cu_seqlens)
 
-    def mine(x: Tensor) -> Tensor:
-        return dealt.shard(x, mesh.sp_rank).to(mesh.device)
-
+    sharded = [dealt.shard(x, mesh.sp_rank) for x in (input_ids, positions, _next(input_ids), weights)]
+    loss_rows = sharded[-1].nonzero().squeeze(1)
     return ShardedBatch(
-        input_ids=mine(input_ids),
-        positions=mine(positions),
-        targets=mine(_next(input_ids)),
-        weights=mine(weights),
+        *(to_device(x, mesh.device) for x in (*sharded, loss_rows)),
         frames=route_frames(frame_starts, tokens_per_frame, dealt, mesh),
         attention=plan_attention(
             mesh,

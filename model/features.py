@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..comm.layout import Layout
 from ..comm.mesh import Mesh
+from ..kernels.device import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +20,7 @@ class FrameRoute:
 
     This rank encodes frames [first, last) of all frames of the group. order: its feature rows, sorted by owner;
     send_counts, recv_counts: rows to and from each rank of the group; slots: the local token index (int64) of each
-    received row.
+    received row. Both are on the mesh's device.
     """
 
     mesh: Mesh
@@ -33,17 +34,18 @@ class FrameRoute:
 
 def frame_share(num_frames: int, mesh: Mesh) -> tuple[int, int]:
     """This rank encodes frames [first, last) of the num_frames of its group."""
-    return _share(num_frames, mesh.sp_rank, mesh.sp_size)
+    return share(num_frames, mesh.sp_rank, mesh.sp_size)
 
 
-def _share(num_frames: int, rank: int, ranks: int) -> tuple[int, int]:
+def share(num_frames: int, rank: int, ranks: int) -> tuple[int, int]:
+    """The frames [first, last) that one of `ranks` ranks encodes."""
     return rank * num_frames // ranks, (rank + 1) * num_frames // ranks
 
 
 def route_frames(frame_starts: Tensor, tokens_per_frame: int, layout: Layout, mesh: Mesh) -> FrameRoute:
     """frame_starts: int64 [num_frames], increasing: the global position of each frame's first visual token."""
     me, ranks = mesh.sp_rank, mesh.sp_size
-    shares = [_share(len(frame_starts), rank, ranks) for rank in range(ranks)]
+    shares = [share(len(frame_starts), rank, ranks) for rank in range(ranks)]
     first, last = shares[me]
     positions = (frame_starts[:, None] + torch.arange(tokens_per_frame)).flatten()
     owner = layout.owner[positions]
@@ -53,10 +55,10 @@ def route_frames(frame_starts: Tensor, tokens_per_frame: int, layout: Layout, me
         mesh,
         first,
         last,
-        order=mine.argsort(stable=True),
+        order=to_device(mine.argsort(stable=True), mesh.device),
         send_counts=mine.bincount(minlength=ranks).tolist(),
         recv_counts=[int((part == me).sum()) for part in parts],
-        slots=torch.searchsorted(layout.positions(me), positions[owner == me]),
+        slots=to_device(torch.searchsorted(layout.positions(me), positions[owner == me]), mesh.device),
     )
 
 

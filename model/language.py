@@ -88,7 +88,7 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, *, recompute: bool) -> Tensor:
         for layer in self.layers:
             if recompute:
-                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, cos, sin, attend)
         return self.norm(x)

@@ -14,16 +14,18 @@ def weighted_loss(
     weights: Tensor,
     logits: Callable[[Tensor], Tensor],
     *,
+    rows: Tensor | None = None,
     chunk: int = 1024,
 ) -> Tensor:
     """The sum of weights * negative log-likelihood, a float32 scalar (float64 for float64 logits).
 
-    hidden [T, C]; targets int64 [T]; weights float32 [T]; logits: [n, C] -> [n, vocab]. Only rows with
-    a weight reach the head, `chunk` at a time, and run again in the backward pass: [T, vocab] never
-    exists. Without such a row the result is a zero that depends on hidden and on the head, whose
-    gradients are zeros.
+    hidden [T, C]; targets int64 [T]; weights float32 [T]; logits: [n, C] -> [n, vocab]; rows: int64 [n],
+    those with a weight, which are looked for (and waited for) where they are not given. Only they
+    reach the head, `chunk` at a time, and run again in the backward pass: [T, vocab] never exists.
+    Without such a row the result is a zero that depends on hidden and on the head, whose gradients
+    are zeros.
     """
-    rows = weights.nonzero().squeeze(1)
+    rows = weights.nonzero().squeeze(1) if rows is None else rows
     hidden, targets, weights = hidden[rows], targets[rows], weights[rows]
 
     def chunk_loss(hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

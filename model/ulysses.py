@@ -45,7 +45,18 @@ def to_heads(
         return q, k, v
     q, k, v = _ToHeads.apply(plan.mesh, (heads.q, heads.kv, heads.kv), plan.counts, q, k, v)
     index = heads.kv_of_q(plan.mesh.ulysses_rank)
-    return (q, k, v) if index is None else (q, k[:, index], v[:, index])
+    return q, pick_heads(k, index), pick_heads(v, index)
+
+
+def pick_heads(x: Tensor, index: list[int] | None) -> Tensor:
+    """The heads [T, len(index), D] of x [T, H, D], any of them several times; None: all as they are.
+
+    By views: a list as an index would be copied to the device, and waited for, in every layer.
+    """
+    if index is None:
+        return x
+    heads = x.unbind(1)
+    return torch.stack([heads[i] for i in index], dim=1)
 
 
 def to_tokens(out: Tensor, *, heads: HeadSplit, plan: AttentionPlan) -> Tensor:

@@ -79,7 +79,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, *, recompute: bool) -> Tensor:
         for layer in self.layers:
-            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+            x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False) if recompute else layer(x)
         return x
 
 

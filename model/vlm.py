@@ -30,7 +30,7 @@ class VisionLanguageModel(nn.Module):
         """
         visual = to_owners(self.mm_projector(self.vision_tower(pixels)), frames)
         text = self.llm.embed(input_ids)
-        return text.index_copy(0, frames.slots.to(text.device), visual.to(text.dtype))
+        return text.index_copy(0, frames.slots, visual.to(text.dtype))
 
     def forward(self, batch: ShardedBatch, pixels: Tensor) -> Tensor:
         """The sum of this rank's weighted token losses, float32 []. Divide by the global weight yourself."""
@@ -40,7 +40,7 @@ class VisionLanguageModel(nn.Module):
 
         embedded = self.embed(batch.input_ids, pixels, batch.frames)
         hidden = self.llm(embedded, batch.positions, attend)
-        return weighted_loss(hidden, batch.targets, batch.weights, self.llm.logits)
+        return weighted_loss(hidden, batch.targets, batch.weights, self.llm.logits, rows=batch.loss_rows)
 
 
 def no_pixels(config: ModelConfig, device: torch.device | None = None) -> Tensor:

@@ -3,13 +3,15 @@
 import os
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported, here and in ranks started here
+# before triton is imported, here and in ranks started here: the same tests on every machine; make gpu: tests/gpu alone
+os.environ.update({} if "LONGTAKE_TEST_GPU" in os.environ else {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
 
 import pytest
 import torch
 
 from tests.training_files import write_conversations, write_start, write_text
 
+collect_ignore = [] if "LONGTAKE_TEST_GPU" in os.environ else ["gpu"]
 torch.set_num_threads(1)  # as the ranks that tests start: sums are the same to the bit
 
 

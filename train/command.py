@@ -1,16 +1,40 @@
-"""`longtake train --config FILE.toml [--field value ...] [--resume]`."""
+"""`longtake train --config FILE.toml [--field value ...] [--resume | --dry-run [--gpus N] [--shape NAME]]`."""
 
 import argparse
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, get_args
 
 from jsonargparse import ArgumentError, ArgumentParser
 
 from ..comm.launch import launch
+from ..model.config import ModelConfig
+from ..model.shapes import ShapeName, published_shape
 from .config import TrainConfig
+from .data import PackedDataset, count_rows
+from .dry_run import report
 from .trainer import train
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What is asked of the command, beside the run's settings.
+
+    gpus, shape and image_size belong to dry_run: None and 448 stand for the grid's ranks, the model's own shape and
+    448 pixels.
+    """
+
+    resume: bool
+    dry_run: bool
+    gpus: int | None
+    shape: ShapeName | None
+    image_size: int
+
+
+PLACEHOLDERS = {"model": Path("IN"), "data": Path("DATA"), "out": Path("OUT")}  # in a dry run that names none
 
 
 def main(argv: Sequence[str]) -> None:
@@ -18,26 +42,37 @@ def main(argv: Sequence[str]) -> None:
 
     Raises ValueError for a config file or a flag that cannot be used.
     """
-    config, resume = parse(argv)
+    config, flags = parse(argv)
     world_size = int(os.environ.get("WORLD_SIZE", config.ring * config.ulysses))
-    launch(run, config, resume, world_size=world_size)
+    if flags.dry_run:
+        print(dry_run(config, flags, world_size))
+    else:
+        launch(run, config, flags.resume, world_size=world_size)
 
 
-def parse(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
-    """The run that the arguments ask for, and whether to continue it. A flag overrides the file's field."""
+def parse(argv: Sequence[str]) -> tuple[TrainConfig, Flags]:
+    """The run that the arguments ask for, and what to do with it. A flag overrides the file's field."""
     parser = ArgumentParser(prog="longtake train", parser_mode="toml", description=__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="TOML file with any of the fields below.")
     parser.add_argument("--resume", action="store_true", help="Continue from the newest checkpoint in `out`.")
+    parser.add_argument("--dry_run", action="store_true", help="Check the run and print what a rank holds of it.")
+    parser.add_argument("--gpus", type=int, help="Ranks of the dry run; the grid's, or torchrun's.")
+    parser.add_argument("--shape", choices=get_args(ShapeName), help="Model of the dry run, in place of --model's.")
+    parser.add_argument("--image_size", type=int, default=448, help="Pixels of its frames: 448 or 384.")
     parser.add_class_arguments(TrainConfig)
     flags = [_with_underscores(arg) for arg in argv]
+    if "--dry_run" in flags:
+        parser.set_defaults(PLACEHOLDERS)
     try:
         _check_config_exists(flags)
-        fields = vars(parser.parse_args(flags))
+        settings: dict[str, Any] = vars(parser.parse_args(flags))
     except ArgumentError as error:
         raise ValueError(f"{' '.join(argv)}: {' '.join(str(error).split())}") from error
-    resume = fields.pop("resume")
-    del fields["config"]
-    return TrainConfig(**fields), resume
+    del settings["config"]
+    asked = Flags(**{f.name: settings.pop(f.name) for f in fields(Flags)})
+    if not asked.dry_run and (asked.gpus is not None or asked.shape is not None):
+        raise ValueError("--gpus and --shape are for --dry-run: the ranks and the model of a run are what they are")
+    return TrainConfig(**settings), asked
 
 
 def _with_underscores(arg: str) -> str:
@@ -53,6 +88,33 @@ def _check_config_exists(flags: Sequence[str]) -> None:
     path = finder.parse_known_args(flags)[0].config
     if path is not None and not path.is_file():
         raise ValueError(f"{path}: no such config file")
+
+
+def dry_run(config: TrainConfig, flags: Flags, world_size: int) -> str:
+    """The page of `longtake train --dry-run`. Where there are data, samples are counted, and none is read.
+
+    Raises ValueError for what cannot run, or a model that is neither in its folder nor named by its shape.
+    """
+    world_size = world_size if flags.gpus is None else flags.gpus
+    config.resolve(data=config.num_groups(world_size), num_samples=None)  # what cannot run is said first
+    if flags.shape is not None:
+        name, model = f"{flags.shape}, {flags.image_size} pixels", published_shape(flags.shape, flags.image_size)
+    elif (config.model / "config.json").is_file():
+        name, model = str(config.model), ModelConfig.load(config.model)
+    else:
+        raise ValueError(
+            f"{config.model} has no config.json: name a checkpoint with --model, or one of the published shapes with "
+            f"--shape: {', '.join(get_args(ShapeName))}"
+        )
+    num_samples = count_samples(config) if config.data.is_file() else None
+    return report(config, model, name=name, world_size=world_size, num_samples=num_samples)
+
+
+def count_samples(config: TrainConfig) -> int:
+    """Samples in the stage's data."""
+    if config.plan.data == "packed":
+        return len(PackedDataset(config.data, context=config.context))
+    return count_rows(config.data)
 
 
 def run(config: TrainConfig, resume: bool) -> None:

@@ -1,14 +1,18 @@
 """What `longtake train` takes: each field is a key of the TOML file and a flag of the command."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from .stages import STAGES, Stage
 
 LEAST = {
-    1: ("steps", "batch_size", "accumulation", "context", "num_frames", "ring", "ulysses"),
-    0: ("warmup", "save_every", "low_rank", "seed", "weight_decay", "min_learning_rate", "tower_learning_rate"),
+    1: ("batch_size", "accumulation", "context", "num_frames", "ring", "ulysses"),
+    0: (
+        *("steps", "epochs", "global_batch", "warmup", "warmup_ratio", "save_every", "low_rank", "seed"),
+        *("weight_decay", "min_learning_rate", "tower_learning_rate"),
+    ),
 }
 POSITIVE = ("learning_rate", "max_fps", "clip", "rope_theta")
 
@@ -18,16 +22,20 @@ class TrainConfig:
     """A training run of one stage.
 
     A sequence-parallel group (ring x ulysses ranks) counts as one device:
-    global batch = batch_size x data-parallel degree x accumulation.
+    global batch = batch_size x data-parallel degree x accumulation. Three things can be said in numbers of this run,
+    or relative to the data and the GPUs: steps or epochs, warmup or warmup_ratio, accumulation or global_batch.
+    `resolve` turns the second form into the first.
 
     Args:
         stage: 1 multimodal alignment, 2 pre-training, 3 short fine-tuning, 4 context extension, 5 long fine-tuning.
         model: Checkpoint folder to start from.
         data: JSONL conversations in the LLaVA format, or for stage 4 a packed token file.
         out: Folder for the checkpoints and the TensorBoard log.
-        steps: Optimizer steps.
+        steps: Optimizer steps; 0: as many as the epochs take.
+        epochs: Passes over the data; the last step is filled from the next pass.
         batch_size: Samples that one sequence-parallel group packs into one sequence.
         accumulation: Sequences a step and group.
+        global_batch: Samples a step over all groups, however many GPUs there are; 0: what accumulation makes.
         context: Longest sample in tokens; a longer one is a bad sample.
         num_frames: Most frames taken of a video, spread evenly over it.
         max_fps: Most frames taken a second of video.
@@ -35,6 +43,7 @@ class TrainConfig:
         tower_learning_rate: Factor on it for the vision tower.
         min_learning_rate: Where the cosine ends, as a fraction of the peak.
         warmup: Steps of linear warm-up.
+        warmup_ratio: The same as a fraction of all steps.
         schedule: After the warm-up; None takes the stage's.
         weight_decay: Of AdamW, on matrices.
         betas: Of AdamW.
@@ -57,9 +66,11 @@ class TrainConfig:
     model: Path
     data: Path
     out: Path
-    steps: int
+    steps: int = 0
+    epochs: int = 0
     batch_size: int = 1
     accumulation: int = 1
+    global_batch: int = 0
     context: int = 131_072
     num_frames: int = 8
     max_fps: float | None = None
@@ -67,6 +78,7 @@ class TrainConfig:
     tower_learning_rate: float = 1.0
     min_learning_rate: float = 0.0
     warmup: int = 0
+    warmup_ratio: float = 0.0
     schedule: Literal["cosine", "constant"] | None = None
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -94,8 +106,69 @@ class TrainConfig:
         for name in POSITIVE:
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name} must be more than 0, got {value}")
+        self._check_said_once()
         if self.rank_of_update and "llm" not in self.plan.trains:
             raise ValueError(f"low_rank {self.low_rank} has nothing to train: stage {self.stage} leaves the llm alone")
+
+    def _check_said_once(self) -> None:
+        if bool(self.steps) == bool(self.epochs):
+            raise ValueError(f"steps {self.steps} and epochs {self.epochs}: give one, and leave the other 0")
+        if self.warmup and self.warmup_ratio:
+            raise ValueError(f"warmup {self.warmup} and warmup_ratio {self.warmup_ratio}: give one, the other 0")
+        if self.warmup_ratio >= 1:
+            raise ValueError(f"warmup_ratio must be less than 1, got {self.warmup_ratio}: warmup is a number of steps")
+        if self.global_batch and self.accumulation > 1:
+            raise ValueError(
+                f"accumulation {self.accumulation} and global_batch {self.global_batch}: leave accumulation 1, "
+                "global_batch sets it, or make global_batch 0"
+            )
+
+    def num_groups(self, world_size: int) -> int:
+        """Sequence-parallel groups, the data-parallel degree. Raises ValueError where the grid does not divide."""
+        groups, rest = divmod(world_size, self.ring * self.ulysses)
+        if rest or not groups:
+            raise ValueError(
+                f"ring {self.ring} x ulysses {self.ulysses} = {self.ring * self.ulysses} ranks "
+                f"do not divide a world of {world_size}: set --ring and --ulysses"
+            )
+        return groups
+
+    def resolve(self, *, data: int, num_samples: int | None) -> "TrainConfig":
+        """The run in plain numbers, on `data` sequence-parallel groups and num_samples of data.
+
+        accumulation stands for global_batch, steps for epochs and warmup for warmup_ratio, which are then 0; what was
+        left to the stage is filled in. Where num_samples is None, what depends on it stays. Raises ValueError where
+        the groups cannot split the global batch.
+        """
+        accumulation = self._split(data)
+        steps = self.steps
+        if num_samples is not None and self.epochs:
+            steps = math.ceil(self.epochs * num_samples / (self.batch_size * data * accumulation))
+        known = replace(
+            self,
+            accumulation=accumulation,
+            global_batch=0,
+            learning_rate=self.plan.learning_rate if self.learning_rate is None else self.learning_rate,
+            schedule=self.schedule or self.plan.schedule,
+            low_rank=self.rank_of_update,
+        )
+        if not steps:
+            return known
+        warmup = self.warmup or math.ceil(self.warmup_ratio * steps)
+        return replace(known, steps=steps, epochs=0, warmup=warmup, warmup_ratio=0.0)
+
+    def _split(self, data: int) -> int:
+        """Sequences a step and group."""
+        accumulation, rest = divmod(self.global_batch, self.batch_size * data)
+        if not rest:
+            return accumulation or self.accumulation
+        cure = "take larger groups, ring x ulysses, so that they are fewer"
+        if self.global_batch % data == 0:
+            cure = f"take batch_size {math.gcd(self.batch_size, self.global_batch // data)}"
+        raise ValueError(
+            f"global_batch {self.global_batch} is no multiple of batch_size {self.batch_size} x {data} "
+            f"data-parallel groups: {cure}"
+        )
 
     @property
     def plan(self) -> Stage:

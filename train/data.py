@@ -195,6 +195,11 @@ class PackedDataset:
         )
 
 
+def count_rows(path: Path) -> int:
+    """Conversations in a file, which are not parsed where it is JSONL. Raises SampleError where there is none."""
+    return len(_index_rows(path))
+
+
 def write_packed(path: str | Path, documents: Iterable[Tensor], weights: Iterable[Tensor] | None = None) -> None:
     """Write documents (int [T] each) and the weights of their tokens in the loss (float [T] each, else 1)."""
     documents = list(documents)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..comm.mesh import Mesh
+from ..kernels.device import to_device
 from ..model.batch import ShardedBatch, shard_documents
 from ..model.features import frame_share
 from .config import TrainConfig
@@ -117,19 +118,20 @@ class StepLoader:
     def _pixels(self, samples: dict[int, Sample], draft: _Draft) -> Tensor:
         first, last = frame_share(sum(len(s.frame_starts) for s in samples.values()), self.mesh)
         try:
-            return read_pixels(list(samples.values()), first, last, self.image_size)
+            pixels = read_pixels(list(samples.values()), first, last, self.image_size)
+            return pixels.pin_memory() if self.mesh.device.type == "cuda" else pixels  # a big copy: here, ahead
         except SampleError as error:
             bad = next(place for place, sample in samples.items() if sample.source == error.source)
             draft.errors[bad] = str(error)
             return torch.empty(0)
 
     def _agree(self, errors: dict[int, str]) -> dict[int, str]:
-        """Every rank's errors, the same on all ranks."""
+        """Every rank's errors, the same on all ranks. A wait of hosts for hosts: no GPU takes part in it."""
         gathered = self.mesh.gather_objects(errors)
         return {place: e[place] for e in gathered for place in sorted(e)}
 
     def _shard(self, draft: _Draft, num_skipped: int) -> StepData:
-        device, batches = self.mesh.device, []
+        batches = []
         for samples, pixels in zip(draft.sequences, draft.pixels, strict=True):
             batch = shard_documents(
                 samples,
@@ -138,7 +140,7 @@ class StepLoader:
                 layout=self.config.layout,
                 route=self.config.route,
             )
-            batches.append((batch, pixels.to(device)))
+            batches.append((batch, to_device(pixels, self.mesh.device)))
         # each group's numbers stand on all of its ranks: count every group once
         documents = [d for samples in draft.sequences for d in samples]
         mine = [(b.total_weight, b.num_tokens, b.num_frames) for b, _ in batches]

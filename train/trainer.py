@@ -3,11 +3,13 @@
 import logging
 import resource
 import time
+from collections import deque
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -63,12 +65,7 @@ def train(config: TrainConfig, *, continue_run: bool = False) -> list[StepLog]:
 def training_mesh(config: TrainConfig) -> Mesh:
     """The mesh of a run: as many data-parallel groups as the world holds."""
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if world % (config.ring * config.ulysses):
-        raise ValueError(
-            f"ring {config.ring} x ulysses {config.ulysses} = {config.ring * config.ulysses} ranks "
-            f"do not divide a world of {world}"
-        )
-    return Mesh(data=world // (config.ring * config.ulysses), ring=config.ring, ulysses=config.ulysses)
+    return Mesh(data=config.num_groups(world), ring=config.ring, ulysses=config.ulysses)
 
 
 def shard_parameters(model: VisionLanguageModel, mesh: Mesh, config: TrainConfig) -> None:
@@ -84,21 +81,53 @@ def shard_parameters(model: VisionLanguageModel, mesh: Mesh, config: TrainConfig
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
 
 
-def compute_gradients(model: nn.Module, data: StepData, mesh: Mesh) -> float:
+def compute_gradients(model: nn.Module, data: StepData, mesh: Mesh) -> Tensor:
     """Forward and backward of one step's sequences. Returns the global loss: sum / global token count.
 
+    The loss is float64 [] on the mesh's device; the host does not wait for it, nor for anything before it.
     A step without a weighted token leaves no gradient behind, and so the optimizer where it is.
     """
+    total = torch.zeros((), dtype=torch.float64, device=mesh.device)
     if not data.total_weight:
-        return 0.0
-    total = torch.zeros((), dtype=torch.float64)
+        return total
     for i, (batch, pixels) in enumerate(data.batches):
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(i == len(data.batches) - 1)
         loss = model(batch, pixels) / data.total_weight
         loss.backward()
-        total += loss.detach().double().cpu()
-    return sum(mesh.gather_objects(float(total)))
+        total += loss.detach()
+    if mesh.world_size > 1:
+        torch.distributed.all_reduce(total)
+    return total
+
+
+class StepInFlight:
+    """A step that the device may still be working on; loss and gradient norm are on their way to pinned memory.
+
+    facts: the fields of its StepLog that are known without waiting.
+    """
+
+    def __init__(self, loss: Tensor, norm: Tensor, *, num_tokens: int, num_frames: int, **facts: Any) -> None:
+        self.num_tokens, self.num_frames, self.facts = num_tokens, num_frames, facts
+        norm = norm.to(loss, non_blocking=True)
+        self.numbers = torch.stack([loss, norm]).to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.Event() if loss.is_cuda else None
+        if self.arrived is not None:
+            self.arrived.record(torch.cuda.current_stream(loss.device))
+
+    def log(self, began: float) -> StepLog:
+        """Waits for the step. began: when the device was done with what was before it, by time.perf_counter."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        loss, norm = self.numbers.tolist()
+        seconds = time.perf_counter() - began
+        return StepLog(
+            loss=loss,
+            grad_norm=norm,
+            tokens_per_second=self.num_tokens / seconds,
+            frames_per_second=self.num_frames / seconds,
+            **self.facts,
+        )
 
 
 class Trainer:
@@ -106,10 +135,12 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, mesh: Mesh, *, continue_run: bool = False) -> None:
         self.config, self.mesh = config, mesh
+        self.ahead = int(mesh.device.type == "cuda")  # steps given to the device before one is waited for
         latest(config.model)  # before anything looks for its own files in a folder that is no checkpoint
         self.tokenizer = load_tokenizer(config.model)
         self.model_config = _with_context(ModelConfig.load(config.model), config)
         dataset = self._dataset()
+        self.config = config = config.resolve(data=mesh.data, num_samples=len(dataset))
         self.model = self._build_model()
         self.optimizer = build_optimizer(self.model, config)
         self.progress = Progress()
@@ -152,21 +183,27 @@ class Trainer:
         logs, begin, steps, first = [], self.progress.step, self.config.steps, self.mesh.rank == 0
         bar = tqdm(total=steps, initial=begin, desc=f"stage {self.config.stage}", disable=not first, unit="step")
         board = SummaryWriter(str(self.config.out), purge_step=begin + 1) if first else nullcontext()
+        in_flight: deque[StepInFlight] = deque()
         with closing(self.loader), bar, logging_redirect_tqdm(), board as writer:
+            began = time.perf_counter()
             while self.progress.step < steps:
-                logs.append(self.step())
-                bar.update()
-                bar.set_postfix_str(f"loss {logs[-1].loss:.3f} norm {logs[-1].grad_norm:.2f}")
-                _write(logs[-1], writer)
-                due = self.config.save_every and self.progress.step % self.config.save_every == 0
-                if due and self.progress.step < steps:
+                in_flight.append(self.step())
+                last = self.progress.step == steps
+                due = last or (self.config.save_every and self.progress.step % self.config.save_every == 0)
+                while len(in_flight) > (0 if due else self.ahead):
+                    logs.append(in_flight.popleft().log(began))
+                    began = time.perf_counter()
+                    bar.update()
+                    bar.set_postfix_str(f"loss {logs[-1].loss:.3f} norm {logs[-1].grad_norm:.2f}")
+                    _write(logs[-1], writer)
+                if due and not last:
                     self.save()
+                    began = time.perf_counter()
         self._finish()
         return logs
 
-    def step(self) -> StepLog:
-        """One optimizer step. Collective."""
-        begin = time.perf_counter()
+    def step(self) -> StepInFlight:
+        """Give one optimizer step to the device; nothing in it waits for the device. Collective."""
         data = self.loader.load(self.progress.consumed)
         self.optimizer.zero_grad()
         loss = compute_gradients(self.model, data, self.mesh)
@@ -178,13 +215,12 @@ class Trainer:
             consumed=self.progress.consumed + self.loader.samples_per_step,
             skipped=self.progress.skipped + data.num_skipped,
         )
-        seconds = time.perf_counter() - begin
-        return StepLog(
+        return StepInFlight(
+            loss,
+            norm,
+            num_tokens=data.num_tokens,
+            num_frames=data.num_frames,
             step=self.progress.step,
-            loss=loss,
-            grad_norm=norm,
-            tokens_per_second=data.num_tokens / seconds,
-            frames_per_second=data.num_frames / seconds,
             memory_gib=peak_memory_gib(self.mesh.device),
             skipped=self.progress.skipped,
             max_frames=data.max_frames,

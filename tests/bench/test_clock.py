@@ -16,6 +16,7 @@ from longtake.bench.clock import (
     product,
     summary,
     turns,
+    wall_stopwatch,
 )
 
 CPU = torch.device("cpu")
@@ -126,3 +127,12 @@ def test_a_fake_clock_runs_each_call_once() -> None:
     log: list[float] = []
     assert medians(fake_stopwatch)([Host().call(1.0, log), Host().call(2.0, log)]) == [1.0, 1.0]
     assert log == [1.0, 2.0]
+
+
+def test_a_cpus_stopwatch_takes_turns_until_the_allowance_is_spent(host: Host) -> None:
+    log: list[float] = []
+    timings = wall_stopwatch(Allowance(0.2))([host.call(10.0, log), host.call(20.0, log)])
+    assert [timing.ms for timing in timings] == pytest.approx([10.0, 20.0])
+    num_rounds = 7  # of 30 ms
+    assert [timing.num_calls for timing in timings] == [num_rounds] * 2
+    assert log[:6] == [10.0, 20.0, 10.0, 20.0, 20.0, 10.0] and len(log) == 2 + 2 * num_rounds

@@ -6,6 +6,7 @@ What is not initialised is NaN in these tests, so that nothing is read before it
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -17,6 +18,8 @@ from longtake.kernels.attention import attention
 from longtake.model.vlm import VisionLanguageModel
 from torch import Tensor
 
+from tests.host_syncs import HostSyncs
+from tests.model.stand_ins import META, meta_mesh, stand_in_for_kernels
 from tests.ranks import run_ranks
 from tests.tiny import VIDEO_TOKEN, random_model, tiny_config
 
@@ -246,3 +249,40 @@ def test_what_cannot_be_generated_is_named() -> None:
                 [*make_prompts("one token"), nothing], lambda a, b: nothing.pixels, max_new_tokens=1, stop=0
             )
         )
+
+
+@over_grids
+def test_on_a_gpu_the_tokens_are_all_that_is_waited_for(
+    ring: int, ulysses: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On META, which stands for it and holds nothing: what the model says is made up when it is read."""
+    prompts, (num_heads, num_kv_heads) = make_prompts("video"), GRIDS[ring, ulysses]
+    stand_in_for_kernels(monkeypatch)
+    monkeypatch.setattr(torch, "Generator", lambda device: SimpleNamespace(manual_seed=lambda seed: None))
+    read, tolist = [], Tensor.tolist
+
+    def made_up(x: Tensor) -> list[int]:
+        if x.device != META:
+            return tolist(x)
+        read.append(len(x))
+        return [int(len(read) == 2 and i == 1) for i in range(len(x))]  # the second prompt stops
+
+    monkeypatch.setattr(Tensor, "tolist", made_up)
+    for rank in range(ring * ulysses):
+        with META:
+            model = VisionLanguageModel(tiny_config(num_heads=num_heads, num_kv_heads=num_kv_heads))
+        engine = Engine(model, meta_mesh(rank, ring=ring, ulysses=ulysses), chunk=16)
+        read.clear()
+        with HostSyncs("meta") as syncs:
+            said = list(
+                engine.generate(
+                    prompts,
+                    lambda first, last: torch.empty(last - first, 3, 16, 16),
+                    max_new_tokens=4,
+                    stop=1,
+                    temperature=0.7,
+                    top_p=0.9,
+                )
+            )
+        assert not syncs.found
+        assert read == [4, 4, 3, 3] and said == [[0] * 4, [0, 1, 0, 0], [0, None, 0, 0], [0, None, 0, 0]]

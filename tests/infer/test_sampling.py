@@ -35,6 +35,15 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p, kept):
     torch.testing.assert_close(drawn, expected / expected.sum(), rtol=0, atol=0.01)  # as above
 
 
+def test_draws_are_those_of_multinomial():
+    torch.manual_seed(1)
+    logits = torch.randn(500, 40)
+    drawn = sample(logits, temperature=1.0, generator=torch.Generator().manual_seed(2))
+    probabilities, order = logits.double().softmax(-1).sort(descending=True)
+    expected = order.gather(1, torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(2)))
+    assert torch.equal(drawn, expected[:, 0])
+
+
 def test_a_seed_repeats_its_tokens():
     torch.manual_seed(0)
     logits = torch.randn(64, 100)

@@ -110,3 +110,6 @@ def test_the_schedule_takes_every_tile_once_longest_first(seed: int, rows: int, 
 def test_transposed_swaps_rows_and_keys() -> None:
     visibility = random_visibility(3)
     assert torch.equal(dense(visibility.transposed), dense(visibility).T)
+    back = visibility.transposed.transposed
+    for row in ("start", "end", "kstart", "kend"):
+        assert torch.equal(getattr(back, row), getattr(visibility, row))

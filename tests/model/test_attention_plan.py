@@ -40,7 +40,7 @@ def problems(draw: st.DrawFn) -> tuple[Layout, dict[str, Any]]:
 
 def plan_of(layout: Layout, ring_rank: int, route: str, mask: dict[str, Any]) -> AttentionPlan:
     degrees = {"ring": layout.ring, "ulysses": layout.ulysses, "sp_size": layout.ring * layout.ulysses}
-    mesh = SimpleNamespace(**degrees, ring_rank=ring_rank, ulysses_rank=0)
+    mesh = SimpleNamespace(**degrees, ring_rank=ring_rank, ulysses_rank=0, device=torch.device("cpu"))
     return plan_attention(
         cast(Mesh, mesh), *holdings(layout), num_tokens=layout.num_tokens, route=cast(Any, route), **mask
     )

@@ -53,6 +53,7 @@ def test_what_belongs_to_a_token_travels_with_it(layout: str, ring: int, ulysses
         assert torch.equal(part.targets[~last], part.input_ids[~last] + 1)
         assert torch.equal(part.weights[~last], part.input_ids[~last] + 1.5)  # the weight of what is predicted
         assert not part.weights[last].any()  # nothing is predicted across the edge of a document
+        assert part.loss_rows.tolist() == [i for i, weight in enumerate(part.weights) if weight]
 
 
 @pytest.mark.parametrize(("ring", "ulysses"), GRIDS)

@@ -55,6 +55,15 @@ def test_the_head_sees_weighted_rows_alone_one_chunk_at_a_time():
     assert sum(sizes) == 2 * weights.count_nonzero()  # once forward, once again backward
 
 
+def test_rows_that_are_given_are_not_looked_for():
+    hidden, targets, weights, head = inputs(40)
+    expected = weighted_loss(hidden, targets, weights, head)
+    rows = weights.nonzero()[:, 0]
+    assert torch.equal(weighted_loss(hidden, targets, weights, head, rows=rows), expected)
+    fewer = weighted_loss(hidden, targets, weights, head, rows=rows[1:])
+    assert fewer < expected
+
+
 def test_targets_without_weight_may_be_anything():
     hidden, targets, weights, head = inputs(40)
     expected = weighted_loss(hidden, targets, weights, head)

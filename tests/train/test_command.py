@@ -1,10 +1,12 @@
 """`longtake train`, as a user starts it: on one rank and on two, killed and resumed, and with what can be wrong."""
 
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from longtake.bench.cli import main
 from longtake.model.checkpoint import complete_steps, load_model
 from longtake.model.config import ModelConfig
 from longtake.model.vlm import VisionLanguageModel
+from longtake.train.config import TrainConfig
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.media_files import moving_square, truncate, write_video
@@ -88,6 +91,74 @@ def test_two_ranks_train_and_the_first_alone_speaks(write_config: WriteConfig, t
     assert weights(tmp_path / "out").isfinite().all()
 
 
+def test_a_run_said_relative_to_the_data_is_the_one_in_plain_numbers(write_config: WriteConfig, tmp_path: Path) -> None:
+    """Two passes over 6 rows, 4 a step."""
+    config, usual = write_config(steps=0, batch_size=2), ["train", "--config", str(tmp_path / "run.toml")]
+    assert config == tmp_path / "run.toml"
+    relative = ["--epochs", "2", "--global-batch", "4", "--warmup-ratio", "0.5", "--out", str(tmp_path / "relative")]
+    plain = ["--steps", "3", "--accumulation", "2", "--warmup", "2", "--out", str(tmp_path / "plain")]
+    for flags in (relative, plain):
+        main([*usual, *flags])
+    assert complete_steps(tmp_path / "relative")[-1].name == "step-000003"
+    assert weights(tmp_path / "relative").equal(weights(tmp_path / "plain"))
+
+
+# ------------------------------------------------------------------------------------- dry runs
+
+
+def page(capsys: pytest.CaptureFixture[str], *args: str | Path) -> dict[str, str]:
+    """What a dry run prints, by the first words of its lines."""
+    main(["train", "--dry-run", *map(str, args)])
+    lines = [re.split("  +", line.strip(), maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    return {line[0]: line[-1] for line in lines}
+
+
+def test_a_dry_run_of_a_config_needs_nothing_that_it_names(
+    write_config: WriteConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nothing = {"model": "no model", "data": "no data", "out": tmp_path / "no out"}
+    config = write_config(**nothing, steps=0, epochs=2, global_batch=8, ulysses=2, context=2048, num_frames=7)
+    said = page(capsys, "--config", config, "--gpus", "8", "--shape", "qwen2-1.5b", "--image-size", "384")
+    assert {f.name for f in fields(TrainConfig)} <= said.keys()
+    assert (said["model"], said["ulysses"], said["global_batch"]) == ("no model", "2", "8")
+    assert said["steps"] == "by the size of the data" and said["accumulation"] == "2"
+    assert said["grid"] == "data 4 x ring 1 x ulysses 2"
+    assert said["step"] == "8 samples = batch_size 1 x data 4 x accumulation 2"
+    assert said["sequence, at most"] == "2,048 tokens, 7 frames of 196 tokens"
+    assert said["rank, at most"] == "1,024 tokens, 4 frames"
+    assert not (tmp_path / "no out").exists()
+
+
+def test_a_dry_run_takes_the_shape_and_the_size_from_what_is_there(
+    write_config: WriteConfig, start: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(steps=0, epochs=2, batch_size=4, warmup_ratio=0.5)
+    said = page(capsys, "--config", config)
+    assert (said["steps"], said["warmup"]) == ("3", "2")  # 6 rows
+    num_parameters = f"{weights(start).numel():,}"
+    assert said["shape"] == f"{start}: {num_parameters} parameters, {num_parameters} of them train"
+
+
+def test_what_no_run_could_do_is_said_before_a_model_is_asked_for(
+    write_config: WriteConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(model=tmp_path / "nowhere", global_batch=8)
+    dry = ["--dry-run", "--config", config]
+    assert "ring 1 x ulysses 3 = 3 ranks do not divide a world of 8" in failure(
+        capsys, *dry, "--gpus", "8", "--ulysses", "3"
+    )
+    assert "global_batch 8 is no multiple of batch_size 3 x 2" in failure(
+        capsys, *dry, "--gpus", "2", "--batch-size", "3"
+    )
+    said = failure(capsys, *dry, "--gpus", "2")
+    assert said.startswith(f"longtake train: {tmp_path / 'nowhere'} has no config.json: name a checkpoint")
+    assert "num_frames 1 x 256 tokens leave no room" in failure(
+        capsys, *dry, "--shape", "qwen2-7b", "--num-frames", "1"
+    )
+    assert "--shape: invalid choice: 'qwen3'" in failure(capsys, *dry, "--shape", "qwen3")
+    assert "--gpus and --shape are for --dry-run" in failure(capsys, "--config", config, "--gpus", "2")
+
+
 def cut_video(conversations: Path) -> Path:
     """Two rows, the second about a video that lacks its end."""
     folder = conversations.parent
@@ -109,7 +180,9 @@ def test_a_grid_that_torchruns_world_does_not_hold_is_named(write_config: WriteC
     process = start_command("--config", write_config(ring=2, ulysses=2), **world)
     _, log = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1 and "Traceback" not in log
-    assert log.strip().endswith("longtake train: ring 2 x ulysses 2 = 4 ranks do not divide a world of 1")
+    assert log.strip().endswith(
+        "longtake train: ring 2 x ulysses 2 = 4 ranks do not divide a world of 1: set --ring and --ulysses"
+    )
 
 
 def failure(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:

@@ -72,7 +72,7 @@ def clip(rank: int) -> list[tuple[float, float, float]]:
             parameter.grad = torch.cos(parameter.detach() * (i + 1)) if i % 3 else None
             if isinstance(parameter.grad, DTensor):
                 total += float((parameter.grad.full_tensor().double() ** 2).sum())
-        said = clip_gradients(model, limit)
+        said = float(clip_gradients(model, limit))
         grads = [p.grad.full_tensor() for p in model.parameters() if isinstance(p.grad, DTensor)]
         results.append((total**0.5, said, float(torch.cat([g.flatten() for g in grads]).double().norm())))
     return results

@@ -1,0 +1,231 @@
+"""What a run puts on a rank: tokens, frames, and an estimate of bytes, without ranks, data or checkpoint.
+
+Pure functions of a TrainConfig, a ModelConfig and a number of ranks. All of it for the longest sequence that the
+config allows, batch_size samples of `context` tokens and `num_frames` frames, on the rank that holds most of it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..comm.layout import Layout, balanced, contiguous, zigzag
+from ..model.config import ModelConfig
+from ..model.features import share
+from ..model.low_rank import add_low_rank
+from ..model.ulysses import HeadSplit
+from ..model.vlm import VisionLanguageModel
+from .config import TrainConfig
+from .stages import freeze_for
+
+GPU_BYTES = 80 * 10**9  # of an H100's 85.5e9: CUDA, NCCL and fragments take the rest
+FLOAT32 = 4
+LOSS_ROWS = 1024  # that reach the head at a time
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What the groups take in a step, and how a group's ranks share a sequence at its longest.
+
+    data: groups; samples: of a step, over all groups; tokens, frames: of each rank of a group, in sp_rank order.
+    """
+
+    data: int
+    samples: int
+    tokens: tuple[int, ...]
+    frames: tuple[int, ...]
+
+
+def share_out(config: TrainConfig, model: ModelConfig, world_size: int) -> Shares:
+    """Who holds how much on `world_size` ranks.
+
+    Raises ValueError for what cannot run there: a grid that does not divide the world, a global batch that the groups
+    cannot split, a context without room for the frames.
+    """
+    data = config.num_groups(world_size)
+    accumulation = config.resolve(data=data, num_samples=None).accumulation
+    has_frames = config.plan.data == "conversations"
+    if has_frames and config.num_frames * model.tokens_per_frame >= config.context:
+        raise ValueError(
+            f"num_frames {config.num_frames} x {model.tokens_per_frame} tokens leave no room for text in a context of "
+            f"{config.context}: take fewer frames, a longer context, or a tower of smaller frames"
+        )
+    num_frames, ranks = has_frames * config.batch_size * config.num_frames, config.ring * config.ulysses
+    frames = [share(num_frames, rank, ranks) for rank in range(ranks)]
+    return Shares(
+        data,
+        samples=config.batch_size * data * accumulation,
+        tokens=_layout(config).counts,
+        frames=tuple(last - first for first, last in frames),
+    )
+
+
+def _layout(config: TrainConfig) -> Layout:
+    grid = {"ring": config.ring, "ulysses": config.ulysses}
+    if config.layout == "balanced":
+        return balanced(torch.arange(config.batch_size + 1) * config.context, **grid)
+    return {"zigzag": zigzag, "contiguous": contiguous}[config.layout](config.batch_size * config.context, **grid)
+
+
+def estimate(config: TrainConfig, model: ModelConfig, world_size: int) -> dict[str, int]:
+    """Bytes on the busiest rank by what they are for; the sum is near the peak, since each is taken at its largest.
+
+    Raises ValueError as `share_out` does.
+    """
+    shares = share_out(config, model, world_size)
+    config = config.resolve(data=shares.data, num_samples=None)
+    shaped = shaped_model(config, model)
+    return (
+        state_bytes(shaped, world_size)
+        | gathered_bytes(shaped, config)
+        | Activations(config, model, shares).bytes_by_purpose()
+    )
+
+
+def shaped_model(config: TrainConfig, model: ModelConfig) -> VisionLanguageModel:
+    """The model as the stage trains it, on the meta device: every shape, and what trains, but no values."""
+    with torch.device("meta"):
+        shaped = VisionLanguageModel(model)
+    freeze_for(config.plan, shaped)
+    if rank := config.rank_of_update:
+        add_low_rank(shaped.llm, rank=rank, alpha=2 * rank)
+    return shaped
+
+
+def count(parameters: Iterable[nn.Parameter], *, trained: bool = False, pieces: int = 1) -> int:
+    """Numbers in the parameters, or in those that train; the first of `pieces` equal ones, cut along dim 0."""
+    return sum(-(-len(p) // pieces) * p[0].numel() for p in parameters if p.requires_grad or not trained)
+
+
+def state_bytes(model: nn.Module, world_size: int) -> dict[str, int]:
+    """Parameters, gradients and AdamW's two moments, float32, each cut over all ranks by FSDP2."""
+    whole, trained = (count(model.parameters(), trained=trained, pieces=world_size) for trained in (False, True))
+    return {"parameters": FLOAT32 * whole, "gradients": FLOAT32 * trained, "AdamW": 2 * FLOAT32 * trained}
+
+
+def gathered_bytes(model: VisionLanguageModel, config: TrainConfig) -> dict[str, int]:
+    """What FSDP2 holds whole for a while: parameters in the computation's dtype, gradients until they are reduced.
+
+    Parameters. shard "layer": those outside the layers (embeddings, head, projector) from forward to the end of
+    backward, a layer, and the next one on its way. shard "model": all.
+    Gradients. Those outside the layers, and of a layer, or in turn of what is outside, the float32 copy that is
+    reduced. With accumulation those of the whole model in float32: they are reduced with a step's last sequence.
+    """
+    size = element_size(config)
+    layers = [*model.llm.model.layers, *model.vision_tower.vision_model.encoder.layers] * (config.shard == "layer")
+    layer, outside = _largest_and_rest(model, layers, trained=False)
+    trained_layer, trained_outside = _largest_and_rest(model, layers, trained=True)
+    waiting = FLOAT32 * count(model.parameters(), trained=True) if config.accumulation > 1 else size * trained_outside
+    reduced = max((size + FLOAT32) * trained_layer, FLOAT32 * trained_outside)
+    return {"gathered parameters": size * (outside + 2 * layer), "whole gradients": waiting + reduced}
+
+
+def _largest_and_rest(model: nn.Module, layers: list[nn.Module], *, trained: bool) -> tuple[int, int]:
+    counts = [count(layer.parameters(), trained=trained) for layer in layers]
+    return max(counts, default=0), count(model.parameters(), trained=trained) - sum(counts)
+
+
+def element_size(config: TrainConfig) -> int:
+    """Bytes of a number in the computation."""
+    return getattr(torch, config.dtype).itemsize
+
+
+class Activations:
+    """What forward keeps for backward, and what is there while a layer works.
+
+    T tokens and F frames on the rank, e bytes a number; C hidden, M MLP size, Q = Hq D of the language model. A ring
+    part has n = T x ulysses tokens, of which the rank takes q heads and k, v heads (where groups are cut unevenly, one
+    for each q head).
+
+    - decoder layer: T e (4 C + 4 M + Q) + n e D (2 q + 2 k) + 4 n q: both norms and their inputs; gate, SiLU, up and
+      their product; out by tokens (with Ulysses a copy); q, k, v, out and lse by heads.
+    - tower layer, N = F x patches: N e (8 C' + 2 M'): norms and inputs, q, k, v, out; both sides of the GELU.
+    - kept: each layer's, or with `recompute` its input alone; then the layer at work has its own once more.
+    - gradients at work: of a layer's MLP, T e (3 M + 2 C). Attention: float32 dq and both of q's size in e; in a ring
+      two blocks of k, v and four of float32 dk, dv (own, computed, sent, received).
+    - pixels: of a step's sequences, all at once. (On the host too, and those of the next step, read ahead.)
+    - visual features: in the projector V e (8 C' + 2 C) of the V = F x tokens a frame; on their way 2 V e C.
+    - logits: 1,024 rows at a time, in e and float32, and their gradient.
+
+    What a frozen part would not keep is counted as if it trained, but for the tower, of which nothing is kept then.
+    """
+
+    def __init__(self, config: TrainConfig, model: ModelConfig, shares: Shares) -> None:
+        self.config, self.model, self.size = config, model, element_size(config)
+        self.tokens, self.frames = max(shares.tokens), max(shares.frames)
+        ring_ranks = range(0, len(shares.tokens), config.ulysses)
+        self.part = max(sum(shares.tokens[first : first + config.ulysses]) for first in ring_ranks)
+        language = model.language
+        split = HeadSplit(language.num_attention_heads, language.num_key_value_heads, config.ulysses)
+        self.q_heads = max(heads.stop - heads.start for heads in split.q)
+        self.kv_heads = max(
+            len(split.kv_of_q(rank) or range(heads.stop - heads.start)) for rank, heads in enumerate(split.kv)
+        )
+        self.patches = self.frames * model.vision.patch_grid**2
+        self.tower_trains = "vision_tower" in config.plan.trains
+
+    def bytes_by_purpose(self) -> dict[str, int]:
+        language = self.model.language
+        return {
+            "pixels": self.pixels_of_a_step(),
+            "visual features": self.visual_features(),
+            "tower activations": self.kept_by_tower(),
+            "decoder activations": self.kept_by_decoder(),
+            "layer at work": max(self.decoder_at_work(), self.tower_at_work()),
+            "attention at work": self.attention_at_work(),
+            "logits": min(LOSS_ROWS, self.tokens) * language.vocab_size * (self.size + 2 * FLOAT32),
+        }
+
+    def pixels_of_a_step(self) -> int:
+        """Of the frames that the rank encodes in all sequences of a step, float32."""
+        return FLOAT32 * 3 * self.config.accumulation * self.frames * self.model.vision.image_size**2
+
+    def decoder_layer(self) -> int:
+        language = self.model.language
+        by_tokens = 4 * language.hidden_size + 4 * language.intermediate_size
+        if self.config.ulysses > 1:
+            by_tokens += language.num_attention_heads * language.head_dim
+        by_heads = 2 * language.head_dim * (self.q_heads + self.kv_heads)
+        return self.size * (self.tokens * by_tokens + self.part * by_heads) + FLOAT32 * self.part * self.q_heads
+
+    def tower_layer(self) -> int:
+        vision = self.model.vision
+        return self.size * self.patches * (8 * vision.hidden_size + 2 * vision.intermediate_size)
+
+    def kept_by_decoder(self) -> int:
+        """Of all layers; the final norm's input, the rows of it that reach the head, and the rotary angles."""
+        language = self.model.language
+        row = self.size * self.tokens * language.hidden_size
+        ends = 2 * row + FLOAT32 * self.tokens * language.head_dim
+        return language.num_hidden_layers * (row if self.config.recompute else self.decoder_layer()) + ends
+
+    def kept_by_tower(self) -> int:
+        """Of all layers, and the patches."""
+        if not self.tower_trains:
+            return 0
+        vision = self.model.vision
+        layer = self.size * self.patches * vision.hidden_size if self.config.recompute else self.tower_layer()
+        return vision.num_selected_layers * layer + self.size * self.patches * 3 * vision.patch_size**2
+
+    def decoder_at_work(self) -> int:
+        language = self.model.language
+        gradients = self.size * self.tokens * (3 * language.intermediate_size + 2 * language.hidden_size)
+        return gradients + self.config.recompute * self.decoder_layer()
+
+    def tower_at_work(self) -> int:
+        """A frozen tower has a layer's values, one that trains their gradients and, recomputed, the values too."""
+        vision = self.model.vision
+        row = 2 * vision.intermediate_size + 2 * vision.hidden_size
+        again = self.tower_trains and self.config.recompute
+        return self.size * self.patches * row + again * self.tower_layer()
+
+    def attention_at_work(self) -> int:
+        in_ring = self.config.ring > 1
+        queries = self.q_heads * (FLOAT32 + 2 * self.size)
+        keys = 2 * self.kv_heads * (4 * FLOAT32 + 2 * self.size if in_ring else FLOAT32)
+        return self.part * self.model.language.head_dim * (queries + keys)
+
+    def visual_features(self) -> int:
+        row = 8 * self.model.vision.hidden_size + 4 * self.model.language.hidden_size
+        return self.size * self.frames * self.model.tokens_per_frame * row
