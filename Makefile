@@ -1,6 +1,6 @@
 # make test: install, lint, types, tests.   make slow: the tests that take longer.   make demo: the whole system here.
 # make gpu: what needs a GPU: ranks that share one, over NCCL.
-# make newest: what the newest Triton makes of the kernels for head_dim 128, in an environment of its own.
+# make newest: what the newest Triton makes of all kernels, in an environment of its own.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,7 +29,8 @@ demo: $(INSTALLED)
 	$(BIN)/longtake demo --ring 2 --ulysses 2
 
 newest: $(NEWEST)/.installed
-	$(NEWEST)/bin/longtake bench compiled --check --head-dim 128 --dtype bf16
+	$(NEWEST)/bin/longtake bench compiled --check
+	$(NEWEST)/bin/longtake bench compiled --check --target sm_80
 
 $(NEWEST)/.installed: $(INSTALLED)
 	$(PYTHON) -m venv $(NEWEST)

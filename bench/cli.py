@@ -9,6 +9,7 @@ COMMANDS = {
     "train": ("longtake.train.command", "train one stage from a TOML file"),
     "generate": ("longtake.infer.generate", "ask about a video"),
     "needle": ("longtake.infer.needle_command", "needle in a haystack: frames x depths"),
+    "convert": ("longtake.infer.convert", "between official LongVILA checkpoints and ours"),
     "doctor": ("longtake.bench.doctor", "whether training would run on this machine; if not, what cures it"),
     "tune": ("longtake.bench.tune", "find out which attention kernels are right and fastest on this GPU, once"),
     "bench": (None, "one microbenchmark: attention, ring, comm, step, layout, compiled, decode"),

@@ -36,7 +36,7 @@ IN_A_ROW, ROW_BYTES = 20, 2**26  # calls between two looks at the clock: at most
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured. link_gbs: 10^9 bytes a second in one direction; None: by the GPU's name."""
+    """What is measured. link_gbs: 10^9 bytes a second in one direction; None: not known."""
 
     max_bytes: int
     repeats: int
@@ -148,10 +148,9 @@ def benchmark(setting: Setting, world: int) -> list[dict[str, Any]]:
     for operation, degrees in (("all_to_all", (1, world)), ("exchange", (world, 1))):
         meshes = make_meshes(*degrees)
         mesh = meshes["library"]
-        link_gbs = setting.link_gbs or peak(LINK_GBS, device_name(mesh.device))
         for num_bytes in sizes(setting.max_bytes):
             for row in measure(operation, num_bytes, meshes, setting):
-                table.append(row | {"peak": row["bus_gbs"] / link_gbs if link_gbs else None})
+                table.append(row | {"peak": row["bus_gbs"] / setting.link_gbs if setting.link_gbs else None})
                 if mesh.rank == 0:
                     line = format_row(table[-1])
                     print(f"{HEADER}\n{line}" if len(table) == 1 else line, flush=True)
@@ -180,10 +179,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.world < 2:
         raise ValueError(f"--world must be at least 2 (nothing travels otherwise), got {args.world}")
-    setting = Setting(args.max_bytes, args.repeats, args.link_gbs)
+    name = device_name(default_device())
+    link_gbs = peak(LINK_GBS, name) if args.link_gbs is None and not args.share_gpu else args.link_gbs
+    setting = Setting(args.max_bytes, args.repeats, link_gbs)
     rows = launch(benchmark, setting, args.world, world_size=args.world, share_gpu=args.share_gpu)
     if args.json and rows:
-        report = {"torch": torch.__version__, "device": device_name(default_device()), "world": args.world}
+        report = {"torch": torch.__version__, "device": name, "world": args.world}
         args.json.write_text(json.dumps(report | {"setting": asdict(setting), "rows": rows}, indent=2) + "\n")
 
 

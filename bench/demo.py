@@ -6,6 +6,7 @@ checkpoint of the one before, on files as in production; then needles are looked
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import time
@@ -84,6 +85,7 @@ def main(argv: Sequence[str]) -> None:
     add_grid(parser)
     demo = Demo(**vars(parser.parse_args(argv)))
     check(demo)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the recipe was found on CPUs: the same demo on every machine
     report = launch(run, demo, world_size=demo.ring * demo.ulysses)
     if report is not None:
         print(f"report: {demo.out / 'report.html'}")

@@ -268,7 +268,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kv-heads", type=int, default=2, help="key and value heads (2)")
     parser.add_argument("--head-dim", type=int, default=128, help="(128)")
     parser.add_argument("--seconds", type=float, default=0.5, help="for the rounds of one rank (0.5)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="the GPU where there is one")
     parser.add_argument("--blocks", action="store_true", help="also print the time of each (rank, step)")
     parser.add_argument("--json", type=Path, help="also write the table here, with each (rank, step)")
     return parser.parse_args(argv)
@@ -296,7 +295,7 @@ def make_setting(args: argparse.Namespace, device: torch.device) -> Setting:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    device = torch.device(args.device) if args.device else default_device()
+    device = default_device()
     setting = make_setting(args, device)
     allowance = Allowance(args.seconds)
     stopwatch = cuda_stopwatch(device, allowance) if device.type == "cuda" else wall_stopwatch(allowance)

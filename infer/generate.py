@@ -85,7 +85,13 @@ def stream(engine: Engine, tokenizer: PreTrainedTokenizerBase, request: Request)
     indices = [] if video is None else sample_frames(probe(video).num_frames, request.frames)
     media: list[tuple[Kind, int]] = [] if video is None else [("video", len(indices))]
     turns = [{"from": "human", "value": "<video>\n" * len(media) + request.prompt}]
-    prompt = encode_prompt(tokenizer, turns, media, tokens_per_frame=config.tokens_per_frame)
+    prompt = encode_prompt(
+        tokenizer,
+        turns,
+        media,
+        tokens_per_frame=config.tokens_per_frame,
+        newline_token_id=config.newline_token_id,
+    )
 
     def frames(first: int, last: int) -> Tensor:
         if video is None or first == last:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..comm.mesh import Mesh
 from ..model.chat import Encoded, encode_prompt
+from ..model.config import ModelConfig
 from ..model.media import read_frames
 from ..model.vlm import no_pixels
 from .engine import Engine
@@ -84,7 +85,7 @@ def evaluate(
     """
     right = torch.zeros(len(trials.frames), len(trials.depths))
     asked = torch.zeros_like(right)
-    questions = list(_questions(trials, tokenizer, engine.model.config.tokens_per_frame))
+    questions = list(_questions(trials, tokenizer, engine.model.config))
     with tqdm(total=len(questions), desc=title, unit="answer", disable=engine.mesh.rank != 0) as bar:
         for batch in _batches(questions, tokens_at_once):
             for question, answer in zip(batch, _answers(engine, tokenizer, batch), strict=True):
@@ -94,13 +95,19 @@ def evaluate(
     return (right / asked).tolist()
 
 
-def _questions(trials: Trials, tokenizer: PreTrainedTokenizerBase, tokens_per_frame: int) -> Iterator[Question]:
+def _questions(trials: Trials, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> Iterator[Question]:
     per_cell = len(trials.clips) // (len(trials.frames) * len(trials.depths))
     for i, clip in enumerate(trials.clips):
         assert clip.needle is not None
         for question, answer in clip.needle.questions:
             turns = [{"from": "human", "value": f"<video>\n{question}"}]
-            prompt = encode_prompt(tokenizer, turns, [("video", clip.num_frames)], tokens_per_frame=tokens_per_frame)
+            prompt = encode_prompt(
+                tokenizer,
+                turns,
+                [("video", clip.num_frames)],
+                tokens_per_frame=config.tokens_per_frame,
+                newline_token_id=config.newline_token_id,
+            )
             cell = divmod(i // per_cell, len(trials.depths))
             yield Question(cell, trials.folder / clip.name, prompt, answer)
 

@@ -89,15 +89,17 @@ def encode(
     media: Sequence[tuple[Kind, int]] = (),
     *,
     tokens_per_frame: int,
+    newline_token_id: int | None = None,
 ) -> Encoded:
     """Tokenise a whole conversation, to train on.
 
     media: kind and number of frames (of an image 1) for each placeholder, in the order of the text.
+    newline_token_id: the token that follows the visual tokens of each frame; None for none.
     Raises ValueError for turns that do not alternate from "human" to "gpt", for placeholders that do not match
     the media, and for a chat template that does not mark its answers.
     """
     messages = _messages(conversation, last="gpt")
-    encoded = _encode(tokenizer, messages, media, tokens_per_frame, add_generation_prompt=False)
+    encoded = _encode(tokenizer, messages, media, tokens_per_frame, newline_token_id, add_generation_prompt=False)
     if not encoded.loss_weight.any():
         raise ValueError("the tokenizer's chat template marks no answer with {% generation %}")
     return encoded
@@ -109,13 +111,14 @@ def encode_prompt(
     media: Sequence[tuple[Kind, int]] = (),
     *,
     tokens_per_frame: int,
+    newline_token_id: int | None = None,
 ) -> Encoded:
     """Tokenise a conversation that ends with a question, up to where the answer begins.
 
     These are the first tokens of what `encode` makes of the answered conversation. Raises as `encode`.
     """
     messages = _messages(conversation, last="human")
-    return _encode(tokenizer, messages, media, tokens_per_frame, add_generation_prompt=True)
+    return _encode(tokenizer, messages, media, tokens_per_frame, newline_token_id, add_generation_prompt=True)
 
 
 def _messages(conversation: Sequence[Mapping[str, str]], *, last: str) -> list[dict[str, str]]:
@@ -142,6 +145,7 @@ def _encode(
     messages: list[dict[str, str]],
     media: Sequence[tuple[Kind, int]],
     tokens_per_frame: int,
+    newline_token_id: int | None,
     *,
     add_generation_prompt: bool,
 ) -> Encoded:
@@ -158,7 +162,7 @@ def _encode(
     ids: list[list[int]] = tokenizer(pieces, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
     input_ids = np.fromiter(chain.from_iterable(ids), np.int64)
     is_answer = np.repeat(np.arange(len(ids)) % 2, [len(piece) for piece in ids])
-    return _expand(tokenizer, input_ids, is_answer, media, tokens_per_frame)
+    return _expand(tokenizer, input_ids, is_answer, media, tokens_per_frame, newline_token_id)
 
 
 def _expand(
@@ -167,22 +171,27 @@ def _expand(
     is_answer: np.ndarray,
     media: Sequence[tuple[Kind, int]],
     tokens_per_frame: int,
+    newline_token_id: int | None,
 ) -> Encoded:
-    """Each media token -> as many as its medium has visual tokens."""
+    """Each media token -> as many as its medium has visual tokens, with the newlines of its frames."""
     kinds: dict[int, Kind] = {media_token_id(tokenizer, kind): kind for kind in MEDIA_TOKENS}
     is_media = np.isin(input_ids, list(kinds))
     _check_placeholders([kinds[i] for i in input_ids[is_media].tolist()], [kind for kind, _ in media])
+    stride = tokens_per_frame + (newline_token_id is not None)
     repeats = np.ones_like(input_ids)
-    repeats[is_media] = [num_frames * tokens_per_frame for _, num_frames in media]
+    repeats[is_media] = [num_frames * stride for _, num_frames in media]
     starts = (repeats.cumsum() - repeats)[is_media].tolist()
-    frame_starts = [
-        torch.arange(num_frames) * tokens_per_frame + start
-        for start, (_, num_frames) in zip(starts, media, strict=True)
+    per_medium = [
+        torch.arange(num_frames) * stride + start for start, (_, num_frames) in zip(starts, media, strict=True)
     ]
+    frame_starts = torch.cat([torch.empty(0, dtype=torch.int64), *per_medium])
+    expanded = torch.from_numpy(np.repeat(input_ids, repeats))
+    if newline_token_id is not None:
+        expanded[frame_starts + tokens_per_frame] = newline_token_id
     return Encoded(
-        input_ids=torch.from_numpy(np.repeat(input_ids, repeats)),
+        input_ids=expanded,
         loss_weight=torch.from_numpy(np.repeat(is_answer.astype(np.float32), repeats)),
-        frame_starts=torch.cat([torch.empty(0, dtype=torch.int64), *frame_starts]),
+        frame_starts=frame_starts,
     )
 
 

@@ -1,9 +1,18 @@
 """What a model is made of: frozen dataclasses with Hugging Face field names, kept as one config.json."""
 
 import json
+import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
+
+PROJECTOR_SIDES = {
+    "mlp_downsample": 2,
+    "mlp_downsample_fix": 2,
+    "mlp_downsample_2x2_fix": 2,
+    "mlp_downsample_3x3_fix": 3,
+    "mlp_downsample_columns": 2,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,18 +55,36 @@ class VisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
-    """How patches become visual tokens; `mlp_downsample` is VILA's 2 x 2 space-to-depth with an MLP."""
+    """How patches become visual tokens: squares of patches are joined, then go through an MLP.
+
+    kind: a name of the official code. Its `mlp_downsample` is `mlp_downsample_2x2_fix` since 2025, and
+    `mlp_downsample_fix` in LongVILA's scripts: tokens come row by row. Until then, in the code of VILA 1.5, they came
+    column by column under that same name; here that is `mlp_downsample_columns`. The tensors do not tell.
+    """
 
     kind: str = "mlp_downsample"
 
     def __post_init__(self) -> None:
-        if self.kind != "mlp_downsample":
-            raise ValueError(f"projector kind {self.kind!r} is unknown, the one there is: 'mlp_downsample'")
+        if self.kind not in PROJECTOR_SIDES:
+            raise ValueError(f"projector kind {self.kind!r} is unknown, there are {', '.join(PROJECTOR_SIDES)}")
+
+    @property
+    def side(self) -> int:
+        """Patches along a side of the square that becomes one token."""
+        return PROJECTOR_SIDES[self.kind]
+
+    @property
+    def by_columns(self) -> bool:
+        """Whether tokens come column by column."""
+        return self.kind == "mlp_downsample_columns"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageConfig:
-    """A Qwen2 language model; the defaults are Qwen2-1.5B. `head_dim` 0 stands for hidden_size / heads."""
+    """A Qwen2 language model; the defaults are Qwen2-1.5B. `head_dim` 0 stands for hidden_size / heads.
+
+    rope_factor: positions are divided by it before they turn anything (linear scaling).
+    """
 
     vocab_size: int = 151936
     hidden_size: int = 1536
@@ -67,6 +94,7 @@ class LanguageConfig:
     num_key_value_heads: int = 2
     head_dim: int = 0
     rope_theta: float = 1e6
+    rope_factor: float = 1.0
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 131072
     tie_word_embeddings: bool = True
@@ -83,25 +111,30 @@ class LanguageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A whole vision-language model and the ids of its two media tokens."""
+    """A whole vision-language model and the ids of its two media tokens.
+
+    newline_token_id: the token that follows each frame's visual tokens, None for none. The official code has "\\n"
+    there, after images too, in inference and in training, but nothing wherever sequence parallelism is on. Here it is
+    the model's own, so that the number of ranks changes no result.
+    """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
     image_token_id: int
     video_token_id: int
+    newline_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("image_token_id", "video_token_id"):
-            if not 0 <= getattr(self, name) < self.language.vocab_size:
-                raise ValueError(
-                    f"{name} {getattr(self, name)} is outside the vocabulary of {self.language.vocab_size}"
-                )
+        for name in ("image_token_id", "video_token_id", "newline_token_id"):
+            token = getattr(self, name)
+            if token is not None and not 0 <= token < self.language.vocab_size:
+                raise ValueError(f"{name} {token} is outside the vocabulary of {self.language.vocab_size}")
 
     @property
     def tokens_per_frame(self) -> int:
-        """Visual tokens of a frame: the patch grid, padded where odd, merged 2 x 2 (27 -> 28 -> 196)."""
-        return ((self.vision.patch_grid + 1) // 2) ** 2
+        """Visual tokens of a frame: the patch grid, padded to whole squares, which are merged (27 -> 28 -> 196)."""
+        return math.ceil(self.vision.patch_grid / self.projector.side) ** 2
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -18,13 +18,13 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer index, q [T, Hq, D], k and v [T, Hkv, D], rotary applied) -> out [T, Hq, D]"""
 
 
-def rotary_angles(positions: Tensor, *, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [T, 1, head_dim / 2], of RoPE (arXiv 2104.09864) at int64 positions [T].
+def rotary_angles(positions: Tensor, *, head_dim: int, theta: float, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 [T, 1, head_dim / 2], of RoPE (arXiv 2104.09864) at int64 positions [T] / factor.
 
     The angles are float64: at position 2 ** 20 a float32 angle is off by up to 0.03.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
-    angles = positions.double()[:, None] * theta**-exponents
+    angles = positions.double()[:, None] * (theta**-exponents / factor)
     return angles.cos().float()[:, None], angles.sin().float()[:, None]
 
 
@@ -114,7 +114,10 @@ class LanguageModel(nn.Module):
 
     def forward(self, embeds: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """embeds [T, hidden_size], positions int64 [T] -> hidden states after the final norm; T may be 0."""
-        cos, sin = rotary_angles(positions, head_dim=self.config.head_dim, theta=self.config.rope_theta)
+        config = self.config
+        cos, sin = rotary_angles(
+            positions, head_dim=config.head_dim, theta=config.rope_theta, factor=config.rope_factor
+        )
         return self.model(embeds, cos, sin, attend, recompute=self.recompute and self.training)
 
     def logits(self, hidden: Tensor) -> Tensor:

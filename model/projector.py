@@ -1,6 +1,6 @@
-"""The projector: 2 x 2 patches become one visual token (VILA's `mlp_downsample`).
+"""The projector: squares of patches become visual tokens (VILA's `mlp_downsample` and its kin).
 
-Parameter names are the published ones, `layers.{1,2,4}`.
+Parameter names are the published ones, `layers.{1,2,4}`, and `layers.{1,2,4,5,7}` of the 3 x 3 kind.
 """
 
 import torch.nn.functional as F
@@ -10,19 +10,24 @@ from .config import ModelConfig
 
 
 class SpaceToDepth(nn.Module):
-    """Joins the channels of 2 x 2 patches.
+    """Joins the channels of `side` x `side` patches, row by row within the square.
 
-    Channels come row by row within the square, but tokens come column by column: so the published weights and
-    language models have it.
+    The tokens come row by row, or `by_columns`: published weights know them in one order alone.
     """
 
+    def __init__(self, side: int, *, by_columns: bool) -> None:
+        super().__init__()
+        self.side = side
+        self.order = (0, 3, 1, 2, 4, 5) if by_columns else (0, 1, 3, 2, 4, 5)
+
     def forward(self, x: Tensor) -> Tensor:
-        """[N, grid * grid, C] -> [N, ceil(grid / 2) ** 2, 4 C]; zeros make an odd grid even, 27 to 28."""
+        """[N, grid ** 2, C] -> [N, ceil(grid / side) ** 2, side ** 2 C]; zeros fill up the squares, 27 to 28."""
         grid = round(x.shape[1] ** 0.5)
+        missing = -grid % self.side
         x = x.unflatten(1, (grid, grid))
-        x = F.pad(x, (0, 0, 0, grid % 2, 0, grid % 2))
-        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # [N, rows, 2, columns, 2, C]
-        return x.permute(0, 3, 1, 2, 4, 5).flatten(3).flatten(1, 2)
+        x = F.pad(x, (0, 0, 0, missing, 0, missing))
+        x = x.unflatten(2, (-1, self.side)).unflatten(1, (-1, self.side))  # [N, rows, side, columns, side, C]
+        return x.permute(self.order).flatten(3).flatten(1, 2)
 
 
 class Projector(nn.Module):
@@ -30,14 +35,17 @@ class Projector(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        merged, hidden = 4 * config.vision.hidden_size, config.language.hidden_size
-        self.layers = nn.Sequential(
-            SpaceToDepth(),
+        side, vision, hidden = config.projector.side, config.vision.hidden_size, config.language.hidden_size
+        merged = side**2 * vision
+        layers = [
+            SpaceToDepth(side, by_columns=config.projector.by_columns),
             nn.LayerNorm(merged),
-            nn.Linear(merged, hidden),
-            nn.GELU(),
-            nn.Linear(hidden, hidden),
-        )
+        ]
+        if side == 3:  # 9 C channels come down by way of 3 C
+            layers += [nn.Linear(merged, side * vision), nn.GELU(), nn.LayerNorm(side * vision)]
+            merged = side * vision
+        layers += [nn.Linear(merged, hidden), nn.GELU(), nn.Linear(hidden, hidden)]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, patches, C] -> [N, tokens_per_frame, C of the language model]; N may be 0."""

@@ -3,12 +3,16 @@
 Parameter names are those of the published checkpoints (`vision_model.encoder.layers.0...`).
 """
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..kernels.attention import attention
 from .config import VisionConfig
+
+FRAMES_PER_PASS = 8  # rows enough for full matrix products; a pass keeps 7.6 GB of so400m's 26 layers at 448 pixels
 
 
 class PatchEmbedding(nn.Conv2d):
@@ -77,9 +81,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_selected_layers))
 
-    def forward(self, x: Tensor, *, recompute: bool) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False) if recompute else layer(x)
+            x = layer(x)
         return x
 
 
@@ -89,14 +93,46 @@ class VisionTransformer(nn.Module):
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
 
-    def forward(self, pixels: Tensor, *, recompute: bool) -> Tensor:
-        return self.encoder(self.embeddings(pixels), recompute=recompute)
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.encoder(self.embeddings(pixels))
+
+
+class InPasses(torch.autograd.Function):
+    """A module over a few frames at a time: forward keeps the pixels alone, backward runs pass after pass again.
+
+    Unlike with torch.utils.checkpoint around each pass, the passes' gradients are added in float32 at least: autograd
+    would add them in the parameters' dtype. Nothing in here talks to other ranks, so each has its own number of passes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, module: nn.Module, pixels: Tensor, *trained: Tensor) -> Tensor:
+        """trained: the module's parameters that require a gradient."""
+        ctx.module = module
+        ctx.save_for_backward(pixels)
+        return torch.cat([module(frames) for frames in pixels.split(FRAMES_PER_PASS)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        [pixels] = ctx.saved_tensors
+        trained = _trained(ctx.module)
+        sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]
+        for frames, grad in zip(pixels.split(FRAMES_PER_PASS), grads[0].split(FRAMES_PER_PASS), strict=True):
+            with torch.enable_grad():
+                features = ctx.module(frames)
+            for total, of_pass in zip(sums, torch.autograd.grad(features, trained, grad), strict=True):
+                total += of_pass
+        return None, None, *sums
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 class VisionTower(nn.Module):
     """Frames to patch features.
 
-    `recompute`: training keeps only the input of each layer and runs the layer again in the backward pass.
+    `recompute`: training runs in passes of a few frames, keeps only their pixels, which get no gradient then, and runs
+    each pass again in backward.
     """
 
     def __init__(self, config: VisionConfig) -> None:
@@ -114,4 +150,6 @@ class VisionTower(nn.Module):
         size = self.config.image_size
         if pixels.dim() != 4 or pixels.shape[1:] != (3, size, size):
             raise ValueError(f"pixels must be [N, 3, {size}, {size}], got {list(pixels.shape)}")
-        return self.vision_model(pixels, recompute=self.recompute and self.training)
+        if self.recompute and self.training:
+            return InPasses.apply(self.vision_model, pixels, *_trained(self.vision_model))
+        return self.vision_model(pixels)

@@ -23,6 +23,11 @@ class VisionLanguageModel(nn.Module):
         self.mm_projector = Projector(config)
         self.llm = LanguageModel(config.language)
 
+    @property
+    def units(self) -> list[nn.Module]:
+        """What sharding gathers at a time: a decoder layer, or the tower, whose passes each rank numbers by itself."""
+        return [*self.llm.model.layers, self.vision_tower]
+
     def embed(self, input_ids: Tensor, pixels: Tensor, frames: FrameRoute) -> Tensor:
         """Embeddings [S_local, C] of this rank's tokens, from its tokens' ids and the frames that it encodes.
 

@@ -15,6 +15,7 @@ from ..model.config import ModelConfig
 from ..model.features import share
 from ..model.low_rank import add_low_rank
 from ..model.ulysses import HeadSplit
+from ..model.vision import FRAMES_PER_PASS
 from ..model.vlm import VisionLanguageModel
 from .config import TrainConfig
 from .stages import freeze_for
@@ -107,23 +108,23 @@ def state_bytes(model: nn.Module, world_size: int) -> dict[str, int]:
 def gathered_bytes(model: VisionLanguageModel, config: TrainConfig) -> dict[str, int]:
     """What FSDP2 holds whole for a while: parameters in the computation's dtype, gradients until they are reduced.
 
-    Parameters. shard "layer": those outside the layers (embeddings, head, projector) from forward to the end of
-    backward, a layer, and the next one on its way. shard "model": all.
-    Gradients. Those outside the layers, and of a layer, or in turn of what is outside, the float32 copy that is
-    reduced. With accumulation those of the whole model in float32: they are reduced with a step's last sequence.
+    Units are the decoder's layers and the tower. Parameters. shard "layer": those outside the units (embeddings, head,
+    projector) from forward to the end of backward, a unit, and the next one on its way. shard "model": all.
+    Gradients. Those outside the units, and of a unit, or in turn of what is outside, the float32 copy that is
+    reduced. (For the tower in passes it is the sum of their gradients before.)
     """
     size = element_size(config)
-    layers = [*model.llm.model.layers, *model.vision_tower.vision_model.encoder.layers] * (config.shard == "layer")
-    layer, outside = _largest_and_rest(model, layers, trained=False)
-    trained_layer, trained_outside = _largest_and_rest(model, layers, trained=True)
-    waiting = FLOAT32 * count(model.parameters(), trained=True) if config.accumulation > 1 else size * trained_outside
-    reduced = max((size + FLOAT32) * trained_layer, FLOAT32 * trained_outside)
-    return {"gathered parameters": size * (outside + 2 * layer), "whole gradients": waiting + reduced}
-
-
-def _largest_and_rest(model: nn.Module, layers: list[nn.Module], *, trained: bool) -> tuple[int, int]:
-    counts = [count(layer.parameters(), trained=trained) for layer in layers]
-    return max(counts, default=0), count(model.parameters(), trained=trained) - sum(counts)
+    units = model.units if config.shard == "layer" else []
+    sizes, trained_sizes = (
+        sorted(count(unit.parameters(), trained=trained) for unit in units) for trained in (False, True)
+    )
+    outside = count(model.parameters()) - sum(sizes)
+    trained_outside = count(model.parameters(), trained=True) - sum(trained_sizes)
+    reduced = max((size + FLOAT32) * max(trained_sizes, default=0), FLOAT32 * trained_outside)
+    return {
+        "gathered parameters": size * (outside + sum(sizes[-2:])),
+        "whole gradients": size * trained_outside + reduced,
+    }
 
 
 def element_size(config: TrainConfig) -> int:
@@ -140,11 +141,14 @@ class Activations:
 
     - decoder layer: T e (4 C + 4 M + Q) + n e D (2 q + 2 k) + 4 n q: both norms and their inputs; gate, SiLU, up and
       their product; out by tokens (with Ulysses a copy); q, k, v, out and lse by heads.
-    - tower layer, N = F x patches: N e (8 C' + 2 M'): norms and inputs, q, k, v, out; both sides of the GELU.
-    - kept: each layer's, or with `recompute` its input alone; then the layer at work has its own once more.
+    - tower, N = F x patches: N e (8 C' + 2 M') a layer: norms and inputs, q, k, v, out; both sides of the GELU; and
+      the patches.
+    - kept: each layer's, or with `recompute` a decoder layer's input alone, then the layer at work has its own once
+      more; and nothing of the tower but the pixels, then the pass at work has all of its few frames' own, and the
+      features stand twice, by passes and joined.
     - gradients at work: of a layer's MLP, T e (3 M + 2 C). Attention: float32 dq and both of q's size in e; in a ring
       two blocks of k, v and four of float32 dk, dv (own, computed, sent, received).
-    - pixels: of a step's sequences, all at once. (On the host too, and those of the next step, read ahead.)
+    - pixels: of one sequence. (On the host those of all of a step's, and of the next step's, read ahead.)
     - visual features: in the projector V e (8 C' + 2 C) of the V = F x tokens a frame; on their way 2 V e C.
     - logits: 1,024 rows at a time, in e and float32, and their gradient.
 
@@ -162,17 +166,18 @@ class Activations:
         self.kv_heads = max(
             len(split.kv_of_q(rank) or range(heads.stop - heads.start)) for rank, heads in enumerate(split.kv)
         )
-        self.patches = self.frames * model.vision.patch_grid**2
+        self.frames_at_work = min(self.frames, FRAMES_PER_PASS) if config.recompute else self.frames
         self.tower_trains = "vision_tower" in config.plan.trains
 
     def bytes_by_purpose(self) -> dict[str, int]:
         language = self.model.language
+        tower = self.tower_at_work() - self.kept_by_decoder()  # it works when the decoder keeps nothing
         return {
-            "pixels": self.pixels_of_a_step(),
+            "pixels": self.pixels_of_a_step() // self.config.accumulation,
             "visual features": self.visual_features(),
             "tower activations": self.kept_by_tower(),
             "decoder activations": self.kept_by_decoder(),
-            "layer at work": max(self.decoder_at_work(), self.tower_at_work()),
+            "layer at work": max(self.decoder_at_work(), tower),
             "attention at work": self.attention_at_work(),
             "logits": min(LOSS_ROWS, self.tokens) * language.vocab_size * (self.size + 2 * FLOAT32),
         }
@@ -189,9 +194,11 @@ class Activations:
         by_heads = 2 * language.head_dim * (self.q_heads + self.kv_heads)
         return self.size * (self.tokens * by_tokens + self.part * by_heads) + FLOAT32 * self.part * self.q_heads
 
-    def tower_layer(self) -> int:
+    def tower_values(self) -> int:
+        """Of all layers and the patches, for the frames that are encoded at a time."""
         vision = self.model.vision
-        return self.size * self.patches * (8 * vision.hidden_size + 2 * vision.intermediate_size)
+        row = vision.num_selected_layers * (8 * vision.hidden_size + 2 * vision.intermediate_size)
+        return self.size * self.frames_at_work * vision.patch_grid**2 * (row + 3 * vision.patch_size**2)
 
     def kept_by_decoder(self) -> int:
         """Of all layers; the final norm's input, the rows of it that reach the head, and the rotary angles."""
@@ -201,12 +208,7 @@ class Activations:
         return language.num_hidden_layers * (row if self.config.recompute else self.decoder_layer()) + ends
 
     def kept_by_tower(self) -> int:
-        """Of all layers, and the patches."""
-        if not self.tower_trains:
-            return 0
-        vision = self.model.vision
-        layer = self.size * self.patches * vision.hidden_size if self.config.recompute else self.tower_layer()
-        return vision.num_selected_layers * layer + self.size * self.patches * 3 * vision.patch_size**2
+        return 0 if self.config.recompute or not self.tower_trains else self.tower_values()
 
     def decoder_at_work(self) -> int:
         language = self.model.language
@@ -214,11 +216,11 @@ class Activations:
         return gradients + self.config.recompute * self.decoder_layer()
 
     def tower_at_work(self) -> int:
-        """A frozen tower has a layer's values, one that trains their gradients and, recomputed, the values too."""
-        vision = self.model.vision
-        row = 2 * vision.intermediate_size + 2 * vision.hidden_size
-        again = self.tower_trains and self.config.recompute
-        return self.size * self.patches * row + again * self.tower_layer()
+        """A frozen tower has a layer's values, one that trains their gradients and, in passes, the values of all."""
+        vision, again = self.model.vision, self.tower_trains and self.config.recompute
+        row = self.frames_at_work * (2 * vision.intermediate_size + 2 * vision.hidden_size)
+        features = self.config.recompute * 2 * self.frames * vision.hidden_size
+        return self.size * vision.patch_grid**2 * (row + features) + again * self.tower_values()
 
     def attention_at_work(self) -> int:
         in_ring = self.config.ring > 1

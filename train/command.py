@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args
 
@@ -47,7 +48,8 @@ def main(argv: Sequence[str]) -> None:
     if flags.dry_run:
         print(dry_run(config, flags, world_size))
     else:
-        launch(run, config, flags.resume, world_size=world_size)
+        timeout = timedelta(seconds=config.deadline)
+        launch(run, config, flags.resume, world_size=world_size, timeout=timeout)
 
 
 def parse(argv: Sequence[str]) -> tuple[TrainConfig, Flags]:

@@ -14,7 +14,7 @@ LEAST = {
         *("weight_decay", "min_learning_rate", "tower_learning_rate"),
     ),
 }
-POSITIVE = ("learning_rate", "max_fps", "clip", "rope_theta")
+POSITIVE = ("learning_rate", "max_fps", "clip", "rope_theta", "deadline")
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class TrainConfig:
         dtype: Of the computation; parameters, gradients and the optimizer stay float32.
         on_bad_sample: Stop, or skip and count.
         save_every: Steps between checkpoints; 0 saves at the end only.
+        deadline: Seconds that a transfer between ranks may take, before the run ends with a word on which.
     """
 
     stage: int
@@ -95,6 +96,7 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     on_bad_sample: Literal["stop", "skip"] = "stop"
     save_every: int = 0
+    deadline: float = 600.0
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:

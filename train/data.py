@@ -93,9 +93,11 @@ class ConversationDataset:
         num_frames: int,
         context: int,
         max_fps: float | None = None,
+        newline_token_id: int | None = None,
     ) -> None:
         self.path = Path(path)
         self.tokenizer, self.tokens_per_frame = tokenizer, tokens_per_frame
+        self.newline_token_id = newline_token_id
         self.num_frames, self.context, self.max_fps = num_frames, context, max_fps
         self._rows = _index_rows(self.path)
 
@@ -124,6 +126,7 @@ class ConversationDataset:
             turns,
             [(item.kind, len(item.indices)) for item in media],
             tokens_per_frame=self.tokens_per_frame,
+            newline_token_id=self.newline_token_id,
         )
         num_tokens = len(encoded.input_ids)
         if num_tokens > self.context:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..comm.mesh import Mesh
-from ..kernels.device import to_device
 from ..model.batch import ShardedBatch, shard_documents
 from ..model.features import frame_share
 from .config import TrainConfig
@@ -27,7 +26,7 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class StepData:
-    """This rank's share of one optimizer step: a batch and its pixels for each sequence.
+    """This rank's share of one optimizer step: a batch and its pixels, still on the host, for each sequence.
 
     total_weight: of all tokens of the global batch, the loss's denominator; num_tokens, num_frames: in it.
     max_tokens, max_frames: of its longest document. num_skipped: bad samples left out.
@@ -140,7 +139,7 @@ class StepLoader:
                 layout=self.config.layout,
                 route=self.config.route,
             )
-            batches.append((batch, to_device(pixels, self.mesh.device)))
+            batches.append((batch, pixels))
         # each group's numbers stand on all of its ranks: count every group once
         documents = [d for samples in draft.sequences for d in samples]
         mine = [(b.total_weight, b.num_tokens, b.num_frames) for b, _ in batches]

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..comm.mesh import Mesh
+from ..kernels.device import to_device
 from ..model.chat import load_tokenizer
 from ..model.checkpoint import Progress, complete_steps, latest, load_model, resume, save
 from ..model.config import ModelConfig
@@ -65,15 +67,15 @@ def train(config: TrainConfig, *, continue_run: bool = False) -> list[StepLog]:
 def training_mesh(config: TrainConfig) -> Mesh:
     """The mesh of a run: as many data-parallel groups as the world holds."""
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    return Mesh(data=config.num_groups(world), ring=config.ring, ulysses=config.ulysses)
+    deadline = timedelta(seconds=config.deadline)
+    return Mesh(data=config.num_groups(world), ring=config.ring, ulysses=config.ulysses, deadline=deadline)
 
 
 def shard_parameters(model: VisionLanguageModel, mesh: Mesh, config: TrainConfig) -> None:
     """FSDP2 over all ranks. Gradients are summed: the loss is divided by the global token count already."""
     dtype = getattr(torch, config.dtype)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    layers: list[nn.Module] = [*model.llm.model.layers, *model.vision_tower.vision_model.encoder.layers]
-    for module in [*(layers if config.shard == "layer" else []), model]:
+    for module in [*(model.units if config.shard == "layer" else []), model]:
         fully_shard(module, mesh=mesh.device_mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -90,10 +92,8 @@ def compute_gradients(model: nn.Module, data: StepData, mesh: Mesh) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
     if not data.total_weight:
         return total
-    for i, (batch, pixels) in enumerate(data.batches):
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(i == len(data.batches) - 1)
-        loss = model(batch, pixels) / data.total_weight
+    for batch, pixels in data.batches:  # each is reduced by itself: whole float32 gradients would have to wait else
+        loss = model(batch, to_device(pixels, mesh.device)) / data.total_weight
         loss.backward()
         total += loss.detach()
     if mesh.world_size > 1:
@@ -173,6 +173,7 @@ class Trainer:
             self.config.data,
             tokenizer=self.tokenizer,
             tokens_per_frame=self.model_config.tokens_per_frame,
+            newline_token_id=self.model_config.newline_token_id,
             num_frames=self.config.num_frames,
             max_fps=self.config.max_fps,
             context=self.config.context,

@@ -132,7 +132,7 @@ def test_heads_that_do_not_divide_are_those_of_the_busiest_rank() -> None:
 
 
 def test_table_and_json_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = "--virtual 2x1 --device cpu --tokens 256 --heads 2 --kv-heads 1 --head-dim 16 --seconds 0 --blocks"
+    arguments = "--virtual 2x1 --tokens 256 --heads 2 --kv-heads 1 --head-dim 16 --seconds 0 --blocks"
     main([*arguments.split(), "--layouts", "zigzag,balanced", "--json", str(tmp_path / "virtual.json")])
     rows = json.loads((tmp_path / "virtual.json").read_text())["rows"]
     assert [(row["sequence"], row["layout"]) for row in rows] == [

@@ -142,6 +142,22 @@ def test_each_placeholder_becomes_the_visual_tokens_of_its_medium(tokenizer: Qwe
     assert str(tokenizer.decode(rest)).startswith("<|im_start|>user\none  two \nthree <|im_end|>")
 
 
+def test_a_newline_follows_each_frame_and_bears_no_loss(tokenizer: Qwen2Tokenizer) -> None:
+    conversation = turns("<video> and <image>", "red")
+    media: list[tuple[Kind, int]] = [("video", 2), ("image", 1)]
+    [newline] = tokenizer.encode("\n")
+    plain = encode(tokenizer, conversation, media, tokens_per_frame=3)
+    ended = encode(tokenizer, conversation, media, tokens_per_frame=3, newline_token_id=newline)
+    places = ended.frame_starts + 3
+    assert len(places) == 3 and ended.input_ids[places].tolist() == [newline] * 3
+    assert not ended.loss_weight[places].any()
+    others = torch.ones(len(ended.input_ids), dtype=torch.bool)
+    others[places] = False
+    assert torch.equal(ended.input_ids[others], plain.input_ids)
+    assert torch.equal(ended.loss_weight[others], plain.loss_weight)
+    assert torch.equal(ended.frame_starts, plain.frame_starts + torch.arange(3))
+
+
 def test_a_million_visual_tokens_do_not_pass_through_the_tokenizer(tokenizer: Qwen2Tokenizer) -> None:
     conversation = turns("<video>", "red")
     short = encode(tokenizer, conversation, [("video", 1)], tokens_per_frame=1)

@@ -31,10 +31,15 @@ def test_defaults_are_so400m_and_qwen2_1_5b():
     assert config.tokens_per_frame == 196
 
 
-@pytest.mark.parametrize(("image_size", "patch_size", "tokens"), [(448, 14, 256), (32, 8, 4), (8, 8, 1), (31, 8, 4)])
-def test_tokens_per_frame(image_size, patch_size, tokens):
-    vision = {"image_size": image_size, "patch_size": patch_size}
-    assert tiny(vision=vision).tokens_per_frame == tokens
+@pytest.mark.parametrize(
+    ("image_size", "patch_size", "tokens", "tokens_3x3"),
+    [(448, 14, 256, 121), (384, 14, 196, 81), (32, 8, 4, 4), (8, 8, 1, 1), (31, 8, 4, 1)],
+)
+def test_tokens_per_frame(image_size, patch_size, tokens, tokens_3x3):
+    config = tiny(vision={"image_size": image_size, "patch_size": patch_size})
+    assert config.tokens_per_frame == tokens
+    wide = replace(config, projector=ProjectorConfig(kind="mlp_downsample_3x3_fix"))
+    assert wide.tokens_per_frame == tokens_3x3
 
 
 @pytest.mark.parametrize(
@@ -53,7 +58,9 @@ def test_tokens_per_frame(image_size, patch_size, tokens):
         (lambda: LanguageConfig(head_dim=3), "head_dim must be even and positive, got 3"),
         (lambda: LanguageConfig(rope_theta=0), "rope_theta must be a positive number, got 0"),
         (lambda: LanguageConfig(vocab_size=1.5), "vocab_size must be a positive integer, got 1.5"),  # pyright: ignore
+        (lambda: LanguageConfig(rope_factor=0.0), "rope_factor must be a positive number, got 0.0"),
         (lambda: replace(tiny(), video_token_id=151936), "video_token_id 151936"),
+        (lambda: replace(tiny(), newline_token_id=-1), "newline_token_id -1"),
     ],
 )
 def test_a_wrong_value_is_named(build, message):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from longtake.comm.mesh import Mesh
+from longtake.model import vision
 from longtake.model.batch import ShardedBatch, shard_documents
 from longtake.model.vlm import VisionLanguageModel
 from longtake.train.loader import StepData
@@ -115,6 +116,29 @@ def test_loss_and_all_gradients_are_those_of_one_rank() -> None:
         assert not wrong
         assert len(errors) == 32
         assert any(name.startswith("vision_tower.") for name in errors["2 x 2, layer, 9 frames, zigzag relay"])
+
+
+def run_in_passes(rank: int) -> dict[str, tuple[list[int], float]]:
+    """Frames of each of the tower's runs on this rank, and the largest difference; only one group has frames."""
+    alone, found = Mesh(alone=True), {}
+    documents = [make_document((4, 5), seed=0), make_document((), seed=1)]
+    for shard in ("layer", "model"):
+        r = rival(Mesh(data=2, ring=2), tied=True, shard=shard, recompute=True)
+        runs: list[int] = []
+        r.sharded.vision_tower.vision_model.register_forward_hook(lambda *call, runs=runs: runs.append(len(call[-1])))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(vision, "FRAMES_PER_PASS", 2)
+            ours = loss_and_gradients(r.sharded, step_data(documents, r.mesh), r.mesh)
+        expected = loss_and_gradients(r.whole, step_data(documents, alone), alone)
+        found[shard] = runs, max(differences(ours, expected).values())
+    return found
+
+
+def test_each_rank_runs_the_tower_in_as_many_passes_as_its_frames_need() -> None:
+    runs = [[2, 2], [2, 2, 1], [0], [0]]
+    for found, of_rank in zip(run_ranks(run_in_passes, 4), runs, strict=True):
+        for shard in ("layer", "model"):
+            assert found[shard][0] == 2 * of_rank and found[shard][1] < TOLERANCE
 
 
 def no_weight_here(rank: int) -> dict[str, float]:

@@ -1,0 +1,137 @@
+"""Tiny random models of Transformers, the same on every rank, built from configs alone."""
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    SiglipVisionConfig,
+)
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+}
+WINDOW = 9
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def qwen2(**changes: Any) -> PreTrainedModel:
+    return settled(Qwen2ForCausalLM(Qwen2Config(**SIZES | changes)))
+
+
+def llama() -> PreTrainedModel:
+    return settled(LlamaForCausalLM(LlamaConfig(**SIZES)))
+
+
+def qwen3() -> PreTrainedModel:
+    return settled(Qwen3ForCausalLM(Qwen3Config(**SIZES)))
+
+
+def mistral() -> PreTrainedModel:
+    """A window in every layer."""
+    return settled(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=WINDOW)))
+
+
+def alternating() -> PreTrainedModel:
+    """A full layer, then one with a window."""
+    return qwen2(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)
+
+
+TEXT = {"qwen2": qwen2, "llama": llama, "qwen3": qwen3, "mistral": mistral, "alternating": alternating}
+
+
+@torch.no_grad()
+def settled(model: Model, seed: int = 11) -> Model:
+    """Weights of unit gain, so that attention is sharp and tokens vary; without dropout."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            fan_in = 1 if "embed" in name else parameter.shape[1:].numel()
+            parameter.normal_(0, fan_in**-0.5, generator=generator)
+        else:
+            parameter.normal_(float(name.endswith("weight")), 0.1, generator=generator)
+    return model.eval()
+
+
+IMAGE, VIDEO, START, END = 57, 58, 59, 60  # token ids at the end of the vocabulary
+NUM_WORDS = 57
+
+
+def llava() -> PreTrainedModel:
+    """SigLIP and Qwen2; 4 tokens an image of 8 x 8 pixels."""
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=Qwen2Config(**SIZES),
+        image_token_index=IMAGE,
+        vision_feature_select_strategy="full",
+        image_seq_length=4,
+    )
+    return settled(LlavaForConditionalGeneration(config))
+
+
+QWEN_TEXT = SIZES | {"bos_token_id": None, "eos_token_id": None}
+QWEN_TEXT |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+QWEN_VISION: dict[str, Any] = {
+    "depth": 3,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "patch_size": 2,
+    "out_hidden_size": SIZES["hidden_size"],
+}
+QWEN_TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": START,
+    "vision_end_token_id": END,
+}
+
+
+def qwen2_5_vl() -> PreTrainedModel:
+    """Patches of 2 x 2 pixels and two frames, 4 a token; windows of 4 x 4 patches in two layers of three."""
+    config = Qwen2_5_VLConfig(
+        text_config=QWEN_TEXT,
+        vision_config=QWEN_VISION | {"window_size": 8, "fullatt_block_indexes": [1]},
+        tie_word_embeddings=False,
+        **QWEN_TOKENS,
+    )
+    return settled(Qwen2_5_VLForConditionalGeneration(config))
+
+
+def qwen3_vl() -> PreTrainedModel:
+    """As Qwen2.5-VL, with features of an inner vision layer added to the first language layer's (deepstack)."""
+    config = Qwen3VLConfig(
+        text_config=QWEN_TEXT,
+        vision_config=QWEN_VISION | {"num_position_embeddings": 16, "deepstack_visual_indexes": [1]},
+        tie_word_embeddings=False,
+        **QWEN_TOKENS,
+    )
+    return settled(Qwen3VLForConditionalGeneration(config))
+
+
+VISION = {"llava": llava, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
