@@ -120,7 +120,7 @@ class InPasses(torch.autograd.Function):
             with torch.enable_grad():
                 features = ctx.module(frames)
             for total, of_pass in zip(sums, torch.autograd.grad(features, trained, grad), strict=True):
-                total += of_pass
+                total.add_(of_pass)
         return None, None, *sums
 
 

@@ -56,7 +56,7 @@ class TrainConfig:
         layout: How a sequence's tokens are dealt out.
         route: How keys travel round the ring: straight from their owner, or from neighbour to neighbour.
         shard: Parameters gathered at once by FSDP2: the whole model, or layer by layer.
-        recompute: Recompute each layer in the backward pass instead of keeping its activations.
+        recompute: Keep only each decoder layer's input and the tower's pixels; run them again in the backward pass.
         dtype: Of the computation; parameters, gradients and the optimizer stay float32.
         on_bad_sample: Stop, or skip and count.
         save_every: Steps between checkpoints; 0 saves at the end only.

@@ -5,10 +5,15 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from transformers import (
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
@@ -79,19 +84,56 @@ IMAGE, VIDEO, START, END = 57, 58, 59, 60  # token ids at the end of the vocabul
 NUM_WORDS = 57
 
 
-def llava() -> PreTrainedModel:
-    """SigLIP and Qwen2; 4 tokens an image of 8 x 8 pixels."""
-    vision = SiglipVisionConfig(
+def siglip() -> SiglipVisionConfig:
+    """4 patches an image of 8 x 8 pixels."""
+    return SiglipVisionConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=8, patch_size=4
     )
+
+
+def llava() -> PreTrainedModel:
+    """SigLIP and Qwen2; 4 tokens an image."""
     config = LlavaConfig(
-        vision_config=vision,
+        vision_config=siglip(),
         text_config=Qwen2Config(**SIZES),
         image_token_index=IMAGE,
         vision_feature_select_strategy="full",
         image_seq_length=4,
     )
     return settled(LlavaForConditionalGeneration(config))
+
+
+def llava_onevision() -> PreTrainedModel:
+    """As Llava, with images in several crops, whose features are packed with newlines after the projector."""
+    config = LlavaOnevisionConfig(
+        vision_config=siglip(),
+        text_config=Qwen2Config(**SIZES),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=[[8, 8], [8, 16], [16, 8]],
+        vision_feature_select_strategy="full",
+    )
+    return settled(LlavaOnevisionForConditionalGeneration(config))
+
+
+def internvl() -> PreTrainedModel:
+    """16 patches an image of 8 x 8 pixels, 4 a token."""
+    vision = InternVLVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=[8, 8],
+        patch_size=[2, 2],
+    )
+    config = InternVLConfig(
+        vision_config=vision,
+        text_config=Qwen2Config(**SIZES),
+        image_token_id=IMAGE,
+        image_seq_length=4,
+        downsample_ratio=0.5,
+    )
+    return settled(InternVLForConditionalGeneration(config))
 
 
 QWEN_TEXT = SIZES | {"bos_token_id": None, "eos_token_id": None}
@@ -134,4 +176,10 @@ def qwen3_vl() -> PreTrainedModel:
     return settled(Qwen3VLForConditionalGeneration(config))
 
 
-VISION = {"llava": llava, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
+VISION = {
+    "llava": llava,
+    "llava_onevision": llava_onevision,
+    "internvl": internvl,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+}

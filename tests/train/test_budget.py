@@ -11,6 +11,7 @@ from longtake.model.batch import ShardedBatch, shard_documents
 from longtake.model.config import LanguageConfig, ModelConfig, VisionConfig
 from longtake.model.low_rank import add_low_rank
 from longtake.model.shapes import published_shape
+from longtake.model.vision import VisionTower
 from longtake.model.vlm import VisionLanguageModel
 from longtake.train.budget import Activations, estimate, gathered_bytes, shaped_model, share_out, state_bytes
 from longtake.train.config import TrainConfig
@@ -161,6 +162,28 @@ def test_forward_keeps_what_is_said(fields: dict[str, Any], monkeypatch: pytest.
     assert is_near(config, kept_bytes(config, SMALL, Mesh(alone=True)), world_size=1)
 
 
+@pytest.mark.parametrize("num_frames", [3, 20])
+def test_a_pass_at_work_has_the_values_that_are_said(num_frames: int) -> None:
+    config, size = make_config(recompute=True, num_frames=num_frames), SMALL.vision.image_size
+    tower = VisionTower(SMALL.vision).to(torch.bfloat16)
+    tower.recompute = True
+    features = tower(torch.randn(num_frames, 3, size, size))
+    parameters = {x.untyped_storage().data_ptr() for x in tower.parameters()}
+    passes: list[dict[int, int]] = []
+    tower.vision_model.register_forward_pre_hook(lambda *_: passes.append({}))
+
+    def note(x: Tensor) -> Tensor:
+        if (storage := x.untyped_storage()).data_ptr() not in parameters:
+            passes[-1][storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        features.sum().backward()
+    kept = max(sum(values.values()) for values in passes)
+    said = Activations(config, SMALL, share_out(config, SMALL, 1)).tower_values()
+    assert 0.97 * kept < said < 1.06 * kept
+
+
 def keep_on_ranks(rank: int, config: TrainConfig) -> int:
     with pytest.MonkeyPatch.context() as patch:
         norms_as_on_cuda(patch)
@@ -229,4 +252,4 @@ def test_more_ranks_hold_less() -> None:
     model = published_shape("qwen2-1.5b")
     config = make_config(context=131_072, num_frames=256, recompute=True)
     sums = [sum(estimate(replace(config, ulysses=n), model, n).values()) for n in (1, 2, 4, 8)]
-    assert sums == sorted(sums, reverse=True) and sums[0] > 4 * sums[-1]
+    assert sums == sorted(sums, reverse=True) and sums[0] > 3 * sums[-1]
