@@ -123,7 +123,7 @@ def test_a_group_that_does_not_stand_behind_the_current_stream_is_refused() -> N
             axes,
             device=torch.device("cpu"),
             gather=lambda obj, axis: world.gather(rank, [0, 1], ("ids",), obj),
-            deadline=timedelta(seconds=60),
+            deadline=timedelta(days=1),
             nccl=FakeNccl(world),
             cuda=Hasty(world),
         )

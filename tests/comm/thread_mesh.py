@@ -22,7 +22,7 @@ class ThreadMesh(Grid):
             {axis: self.axis_ranks(axis) for axis in AXES},
             device=self.device,
             gather=self.gather_objects,
-            deadline=timedelta(seconds=60),
+            deadline=timedelta(days=1),  # or the watchdog would end this process, for what a test leaves in flight
             nccl=self.nccl,
             cuda=FakeCuda(world),
         )

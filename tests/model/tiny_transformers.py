@@ -5,6 +5,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
@@ -183,3 +186,23 @@ VISION = {
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
 }
+
+
+def gemma3() -> PreTrainedModel:
+    """Image tokens see each other both ways, inside a window in two layers of three."""
+    text = SIZES | {
+        "num_hidden_layers": 3,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "pad_token_id": 0,
+        "query_pre_attn_scalar": 8,
+    }
+    config = Gemma3Config(
+        text_config=Gemma3TextConfig(**text),
+        vision_config=siglip(),
+        mm_tokens_per_image=4,
+        image_token_index=IMAGE,
+        boi_token_index=START,
+        eoi_token_index=END,
+    )
+    return settled(Gemma3ForConditionalGeneration(config))
