@@ -7,6 +7,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "demo": ("longtake.bench.demo", "train a tiny model through all five stages and find needles, on this machine"),
     "train": ("longtake.train.command", "train one stage from a TOML file"),
+    "pack": ("longtake.train.pack", "text, raw or tokenised, into one file for stage 4"),
     "generate": ("longtake.infer.generate", "ask about a video"),
     "needle": ("longtake.infer.needle_command", "needle in a haystack: frames x depths"),
     "convert": ("longtake.infer.convert", "between official LongVILA checkpoints and ours"),

@@ -7,7 +7,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..infer.haystack import Source, write_clips
-from ..train.data import write_packed
+from ..train.packed import write_packed
 from .demo_data import MIXES, Mix, plan_clips, write_rows
 from .text_needles import TextNeedles
 

@@ -34,7 +34,7 @@ from ..model.init import init
 from ..model.shapes import ShapeName, published_shape
 from ..model.vlm import VisionLanguageModel
 from ..train.config import TrainConfig
-from ..train.data import Sample
+from ..train.sample import Sample
 from ..train.loader import StepData
 from ..train.optimizer import build_optimizer, clip_gradients
 from ..train.trainer import compute_gradients, peak_memory_gib, shard_parameters

@@ -28,7 +28,7 @@ from .merge import merge_partials
 from .sampling import sample
 
 ReadFrames = Callable[[int, int], Tensor]
-"""(first, last) -> pixels float32 [last - first, 3, H, W] of those frames, counted over all prompts"""
+"""(first, last) -> pixels [last - first, 3, H, W], uint8 or normalised, of those frames, counted over all prompts"""
 
 
 @dataclass(frozen=True, eq=False)

@@ -99,8 +99,7 @@ class VideoFile:
         """uint8 [n, size, size, 3]"""
         available = probe(self.path).num_frames
         indices = np.linspace(0, available - 1, min(available, self.max_frames)).round().astype(int)
-        normalised = read_frames(self.path, indices.tolist(), size=self.size)
-        return ((normalised * 0.5 + 0.5) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        return read_frames(self.path, indices.tolist(), size=self.size).permute(0, 2, 3, 1).contiguous().numpy()
 
     def frames(self, num_frames: int, rng: np.random.Generator) -> np.ndarray:
         start = rng.integers(len(self.pixels))

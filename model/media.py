@@ -1,15 +1,18 @@
 """Frames of video files, and images, as the vision tower takes them.
 
 Where the frames of a video stand is read from its container, without decoding. Decoding then starts at the
-last keyframe before a wanted frame, so that few frames of a long video cost little, and keeps those alone.
+last keyframe before a wanted frame, so that few frames of a long video cost little, and keeps those alone; where the
+wanted frames lie closer than the keyframes it goes on from one to the next.
 """
 
+import io
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -31,6 +34,22 @@ MISSING_TAIL = 0.5  # seconds: a file that ends earlier than it says by more is 
 
 class MediaError(ValueError):
     """A file that cannot be read as video or image; the message names it and says why."""
+
+
+@dataclass(frozen=True)
+class Inside:
+    """A file that lies uncompressed in another, a member of a tar: bytes [start, start + size) of `archive`."""
+
+    archive: Path
+    name: str
+    start: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.archive}: {self.name}"
+
+
+Medium = str | Path | Inside
 
 
 @dataclass(frozen=True)
@@ -57,7 +76,7 @@ def sample_frames(available: int, wanted: int, *, fps: float | None = None, max_
     return np.linspace(0, available - 1, count).round().astype(int).tolist()
 
 
-def probe(path: str | Path) -> VideoInfo:
+def probe(path: Medium) -> VideoInfo:
     """Count a video's frames without decoding any.
 
     Raises MediaError for a file that is missing, not media, truncated, or has no video in it.
@@ -68,44 +87,44 @@ def probe(path: str | Path) -> VideoInfo:
     return VideoInfo(len(index.times), float(fps) if fps else None)
 
 
-def read_frames(path: str | Path, indices: Sequence[int], *, size: int) -> Tensor:
-    """Decode frames of a video, as float32 [n, 3, size, size] from -1 to 1, in the order of `indices`.
+def read_frames(path: Medium, indices: Sequence[int], *, size: int, threads: int = 0) -> Tensor:
+    """Decode frames of a video, as uint8 [n, 3, size, size] RGB, in the order of `indices`.
 
-    Frames are stretched to the square. Memory is that of the frames asked for.
+    Frames are stretched to the square. Memory is that of the frames asked for. threads: 0 for as many as cores.
     Raises MediaError as `probe`, and for a frame that is not in the file or cannot be decoded.
     """
     wanted = sorted(set(indices))
-    pixels = np.empty((len(wanted), size, size, 3), np.uint8)
+    pixels = np.empty((len(wanted), 3, size, size), np.uint8)
     with _open(path) as (container, stream):
         index = _frame_table(container, stream) or _scan_frames(path)
         if wanted and not 0 <= wanted[0] <= wanted[-1] < len(index.times):
             bad = wanted[0] if wanted[0] < 0 else wanted[-1]
             raise MediaError(f"{path}: frame {bad} was asked for, the video has {len(index.times)}")
-        threads = 1 if stream.width * stream.height < SMALL_FRAME else 0  # 0: as many as there are cores
+        threads = 1 if stream.width * stream.height < SMALL_FRAME else threads
         stream.codec_context.thread_count, stream.thread_type = threads, "AUTO"
         reformatter = VideoReformatter()
         for row, frame in enumerate(_decode(container, stream, index, wanted)):
             square = reformatter.reformat(
                 frame, size, size, "rgb24", interpolation=Interpolation.BICUBIC, threads=threads
             )
-            pixels[row] = np.rot90(square.to_ndarray(), frame.rotation // 90)
+            pixels[row] = np.rot90(square.to_ndarray(), frame.rotation // 90).transpose(2, 0, 1)
     if wanted != list(indices):
         pixels = pixels[np.searchsorted(wanted, indices)]
-    return _normalise(pixels)
+    return torch.from_numpy(pixels)
 
 
-def probe_image(path: str | Path) -> None:
+def probe_image(path: Medium) -> None:
     """Check that a file is an image, as far as that goes without decoding it. Raises MediaError."""
     with _open_image(path) as image:
         image.verify()
 
 
-def read_image(path: str | Path, *, size: int) -> Tensor:
-    """An image as float32 [1, 3, size, size] from -1 to 1, stretched to the square. Raises MediaError."""
+def read_image(path: Medium, *, size: int) -> Tensor:
+    """An image as uint8 [1, 3, size, size] RGB, stretched to the square. Raises MediaError."""
     with _open_image(path) as image:
         upright = ImageOps.exif_transpose(image).convert("RGB")
         resized = upright.resize((size, size), Image.Resampling.BICUBIC)
-    return _normalise(np.asarray(resized)[None])
+    return torch.tensor(np.asarray(resized).transpose(2, 0, 1)[None])
 
 
 @dataclass(frozen=True)
@@ -121,11 +140,13 @@ class _FrameIndex:
 
 
 @contextmanager
-def _open(path: str | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+def _open(path: Medium) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its first moving picture; what FFmpeg raises while it is open becomes a MediaError."""
-    _check_exists(path)
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
+        with (
+            _file(path) as file,  # for a whole file FFmpeg has a quicker way
+            av.open(file if isinstance(path, Inside) else str(path), metadata_errors="replace") as container,
+        ):
             for stream in container.streams.video:
                 if not stream.disposition & Disposition.attached_pic:
                     break
@@ -157,7 +178,7 @@ def _frame_table(container: InputContainer, stream: VideoStream) -> _FrameIndex 
     return _FrameIndex([time + shift for time in times], keyframes, timed=True)
 
 
-def _scan_frames(path: str | Path) -> _FrameIndex:
+def _scan_frames(path: Medium) -> _FrameIndex:
     """The index from reading all packets, without decoding them."""
     with _open(path) as (container, stream):
         times, key_times, ends = [], [], {}
@@ -211,21 +232,42 @@ def _decode(
 
 
 @contextmanager
-def _open_image(path: str | Path) -> Iterator[Image.Image]:
-    _check_exists(path)
+def _open_image(path: Medium) -> Iterator[Image.Image]:
     try:
-        with Image.open(path) as image:
+        with _file(path) as file, Image.open(file) as image:
             yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's plugins do
         raise MediaError(f"{path}: not an image, or truncated or damaged ({error})") from error
 
 
-def _check_exists(path: str | Path) -> None:
-    if not Path(path).is_file():
+@contextmanager
+def _file(path: Medium) -> Iterator[BinaryIO]:
+    whole = path.archive if isinstance(path, Inside) else Path(path)
+    if not whole.is_file():
         raise MediaError(f"{path}: no such file")
+    with whole.open("rb") as file:
+        yield io.BufferedReader(_Part(file, path)) if isinstance(path, Inside) else file
 
 
-def _normalise(pixels: np.ndarray) -> Tensor:
-    """uint8 [n, size, size, 3] -> float32 [n, 3, size, size], (x / 255 - 0.5) / 0.5 as SigLIP."""
-    planes = torch.tensor(pixels).permute(0, 3, 1, 2)
-    return planes.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+class _Part(io.RawIOBase):
+    """The bytes of a file inside another. name: what FFmpeg's errors call it."""
+
+    def __init__(self, file: BinaryIO, part: Inside) -> None:
+        self.file, self.part, self.position, self.name = file, part, 0, str(part)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.part.size}[whence]
+        return self.position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        self.file.seek(self.part.start + self.position)
+        chunk = self.file.read(max(min(len(buffer), self.part.size - self.position), 0))
+        buffer[: len(chunk)] = chunk
+        self.position += len(chunk)
+        return len(chunk)

@@ -35,7 +35,13 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.patch_grid**2, config.hidden_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype)) + self.position_embedding.weight
+        pixels = normalise(pixels).to(self.patch_embedding.weight.dtype)
+        return self.patch_embedding(pixels) + self.position_embedding.weight
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8, as decoded, to float32 from -1 to 1, (x / 255 - 0.5) / 0.5 as SigLIP; what is no uint8 is so already."""
+    return pixels.float().div_(127.5).sub_(1) if pixels.dtype == torch.uint8 else pixels
 
 
 class SelfAttention(nn.Module):
@@ -144,7 +150,7 @@ class VisionTower(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """The hidden state `select_layer` of every patch, as transformers' SiglipVisionModel gives it.
 
-        pixels: [N, 3, image_size, image_size], normalised to -1 .. 1; N may be 0. Returns [N, patches,
+        pixels: [N, 3, image_size, image_size], uint8, or normalised to -1 .. 1; N may be 0. Returns [N, patches,
         hidden_size]. Raises ValueError for frames of another size.
         """
         size = self.config.image_size

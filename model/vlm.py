@@ -31,7 +31,7 @@ class VisionLanguageModel(nn.Module):
     def embed(self, input_ids: Tensor, pixels: Tensor, frames: FrameRoute) -> Tensor:
         """Embeddings [S_local, C] of this rank's tokens, from its tokens' ids and the frames that it encodes.
 
-        input_ids int64 [S_local]; pixels [frames.last - frames.first, 3, H, W], possibly none.
+        input_ids int64 [S_local]; pixels [frames.last - frames.first, 3, H, W] as the tower takes them, possibly none.
         """
         visual = to_owners(self.mm_projector(self.vision_tower(pixels)), frames)
         text = self.llm.embed(input_ids)
@@ -51,4 +51,4 @@ class VisionLanguageModel(nn.Module):
 def no_pixels(config: ModelConfig, device: torch.device | None = None) -> Tensor:
     """The pixels of a rank that encodes no frame."""
     size = config.vision.image_size
-    return torch.empty(0, 3, size, size, device=device)
+    return torch.empty(0, 3, size, size, dtype=torch.uint8, device=device)

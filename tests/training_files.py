@@ -10,7 +10,7 @@ from longtake.comm.mesh import Mesh
 from longtake.model.chat import build_tokenizer, media_token_id
 from longtake.model.checkpoint import Progress, save
 from longtake.train.config import TrainConfig
-from longtake.train.data import write_packed
+from longtake.train.packed import write_packed
 
 from tests.media_files import moving_square, write_video
 from tests.tiny import random_model, tiny_config

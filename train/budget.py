@@ -183,8 +183,8 @@ class Activations:
         }
 
     def pixels_of_a_step(self) -> int:
-        """Of the frames that the rank encodes in all sequences of a step, float32."""
-        return FLOAT32 * 3 * self.config.accumulation * self.frames * self.model.vision.image_size**2
+        """Of the frames that the rank encodes in all sequences of a step, uint8."""
+        return 3 * self.config.accumulation * self.frames * self.model.vision.image_size**2
 
     def decoder_layer(self) -> int:
         language = self.model.language

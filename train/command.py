@@ -15,7 +15,7 @@ from ..comm.launch import launch
 from ..model.config import ModelConfig
 from ..model.shapes import ShapeName, published_shape
 from .config import TrainConfig
-from .data import PackedDataset, count_rows
+from .data import count_samples
 from .dry_run import report
 from .trainer import train
 
@@ -108,15 +108,8 @@ def dry_run(config: TrainConfig, flags: Flags, world_size: int) -> str:
             f"{config.model} has no config.json: name a checkpoint with --model, or one of the published shapes with "
             f"--shape: {', '.join(get_args(ShapeName))}"
         )
-    num_samples = count_samples(config) if config.data.is_file() else None
+    num_samples = count_samples(config) if config.data.exists() else None
     return report(config, model, name=name, world_size=world_size, num_samples=num_samples)
-
-
-def count_samples(config: TrainConfig) -> int:
-    """Samples in the stage's data."""
-    if config.plan.data == "packed":
-        return len(PackedDataset(config.data, context=config.context))
-    return count_rows(config.data)
 
 
 def run(config: TrainConfig, resume: bool) -> None:

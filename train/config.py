@@ -10,7 +10,7 @@ from .stages import STAGES, Stage
 LEAST = {
     1: ("batch_size", "accumulation", "context", "num_frames", "ring", "ulysses"),
     0: (
-        *("steps", "epochs", "global_batch", "warmup", "warmup_ratio", "save_every", "low_rank", "seed"),
+        *("steps", "epochs", "global_batch", "warmup", "warmup_ratio", "save_every", "low_rank", "seed", "workers"),
         *("weight_decay", "min_learning_rate", "tower_learning_rate"),
     ),
 }
@@ -29,7 +29,8 @@ class TrainConfig:
     Args:
         stage: 1 multimodal alignment, 2 pre-training, 3 short fine-tuning, 4 context extension, 5 long fine-tuning.
         model: Checkpoint folder to start from.
-        data: JSONL conversations in the LLaVA format, or for stage 4 a packed token file.
+        data: Conversations in the LLaVA format (JSON, JSONL, a .tar shard or a folder of them), for stage 4 a packed
+            file (longtake pack); or a mixture of such, a .toml file.
         out: Folder for the checkpoints and the TensorBoard log.
         steps: Optimizer steps; 0: as many as the epochs take.
         epochs: Passes over the data; the last step is filled from the next pass.
@@ -59,6 +60,7 @@ class TrainConfig:
         recompute: Keep only each decoder layer's input and the tower's pixels; run them again in the backward pass.
         dtype: Of the computation; parameters, gradients and the optimizer stay float32.
         on_bad_sample: Stop, or skip and count.
+        workers: Processes of a rank that decode frames; 0: the thread that reads ahead does.
         save_every: Steps between checkpoints; 0 saves at the end only.
         deadline: Seconds that a transfer between ranks may take, before the run ends with a word on which.
     """
@@ -95,6 +97,7 @@ class TrainConfig:
     recompute: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     on_bad_sample: Literal["stop", "skip"] = "stop"
+    workers: int = 0
     save_every: int = 0
     deadline: float = 600.0
 

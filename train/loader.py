@@ -4,7 +4,6 @@ import logging
 from collections.abc import Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,20 +12,16 @@ from ..comm.mesh import Mesh
 from ..model.batch import ShardedBatch, shard_documents
 from ..model.features import frame_share
 from .config import TrainConfig
-from .data import Sample, SampleError, order, read_pixels
+from .decode import FrameReader
+from .mixture import Mixture
+from .sample import Sample, SampleError
 
 log = logging.getLogger(__name__)
 
 
-class Dataset(Protocol):
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample: ...
-
-
 @dataclass(frozen=True, eq=False)
 class StepData:
-    """This rank's share of one optimizer step: a batch and its pixels, still on the host, for each sequence.
+    """This rank's share of one optimizer step: a batch and its pixels, uint8 and on the host, for each sequence.
 
     total_weight: of all tokens of the global batch, the loss's denominator; num_tokens, num_frames: in it.
     max_tokens, max_frames: of its longest document. num_skipped: bad samples left out.
@@ -54,10 +49,11 @@ class StepLoader:
     """Deals the data out in order; a step is a pure function of how many samples were consumed before it."""
 
     def __init__(
-        self, dataset: Dataset, config: TrainConfig, mesh: Mesh, *, tokens_per_frame: int, image_size: int
+        self, dataset: Mixture[Sample], config: TrainConfig, mesh: Mesh, *, tokens_per_frame: int, image_size: int
     ) -> None:
         self.dataset, self.config, self.mesh = dataset, config, mesh
-        self.tokens_per_frame, self.image_size = tokens_per_frame, image_size
+        self.tokens_per_frame = tokens_per_frame
+        self.reader = FrameReader(image_size, workers=config.workers)
         self.samples_per_step = config.batch_size * mesh.data * config.accumulation
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self.ahead: tuple[int, Future[_Draft]] | None = None
@@ -85,6 +81,7 @@ class StepLoader:
     def close(self) -> None:
         """Stop reading ahead."""
         self.thread.shutdown(cancel_futures=True)
+        self.reader.close()
 
     def _wait_for(self, consumed: int) -> _Draft:
         if self.ahead is not None and self.ahead[0] == consumed:
@@ -97,7 +94,7 @@ class StepLoader:
         leave_out: places in the step. (An index stands at two of them where a step reaches into the next epoch.)
         """
         draft = _Draft()
-        indices = order(len(self.dataset), self.config.seed, consumed, self.samples_per_step)
+        indices = self.dataset.order(self.config.seed, consumed, self.samples_per_step)
         size = self.config.batch_size
         for i in range(self.config.accumulation):
             first = (i * self.mesh.data + self.mesh.data_rank) * size
@@ -117,7 +114,7 @@ class StepLoader:
     def _pixels(self, samples: dict[int, Sample], draft: _Draft) -> Tensor:
         first, last = frame_share(sum(len(s.frame_starts) for s in samples.values()), self.mesh)
         try:
-            pixels = read_pixels(list(samples.values()), first, last, self.image_size)
+            pixels = self.reader.read(list(samples.values()), first, last)
             return pixels.pin_memory() if self.mesh.device.type == "cuda" else pixels  # a big copy: here, ahead
         except SampleError as error:
             bad = next(place for place, sample in samples.items() if sample.source == error.source)

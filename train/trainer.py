@@ -24,8 +24,8 @@ from ..model.config import ModelConfig
 from ..model.low_rank import add_low_rank, merge_low_rank
 from ..model.vlm import VisionLanguageModel
 from .config import TrainConfig
-from .data import ConversationDataset, PackedDataset
-from .loader import Dataset, StepData, StepLoader
+from .data import open_data
+from .loader import StepData, StepLoader
 from .optimizer import build_optimizer, clip_gradients, set_learning_rate
 from .stages import freeze_for
 
@@ -139,7 +139,7 @@ class Trainer:
         latest(config.model)  # before anything looks for its own files in a folder that is no checkpoint
         self.tokenizer = load_tokenizer(config.model)
         self.model_config = _with_context(ModelConfig.load(config.model), config)
-        dataset = self._dataset()
+        dataset = open_data(config, self.tokenizer, self.model_config)
         self.config = config = config.resolve(data=mesh.data, num_samples=len(dataset))
         self.model = self._build_model()
         self.optimizer = build_optimizer(self.model, config)
@@ -165,19 +165,6 @@ class Trainer:
         model.to(self.mesh.device)
         shard_parameters(model, self.mesh, self.config)
         return model
-
-    def _dataset(self) -> Dataset:
-        if self.config.plan.data == "packed":
-            return PackedDataset(self.config.data, context=self.config.context)
-        return ConversationDataset(
-            self.config.data,
-            tokenizer=self.tokenizer,
-            tokens_per_frame=self.model_config.tokens_per_frame,
-            newline_token_id=self.model_config.newline_token_id,
-            num_frames=self.config.num_frames,
-            max_fps=self.config.max_fps,
-            context=self.config.context,
-        )
 
     def run(self) -> list[StepLog]:
         """Train to the last step, save, and return the logs of the steps done here."""

@@ -13,7 +13,8 @@ from longtake.infer.haystack import Photographs, write_clips
 from longtake.infer.needle_images import COLOURS, SHAPES, Needle
 from longtake.model.chat import build_tokenizer, media_token_id
 from longtake.model.vlm import VisionLanguageModel
-from longtake.train.data import ConversationDataset
+from longtake.train.conversations import ConversationDataset
+from longtake.train.rows import JsonRows
 
 TEXTS = library_texts(max_chars=50_000)
 TOKENIZER = build_tokenizer(TEXTS, WORDS, 1024)
@@ -57,7 +58,7 @@ def test_files_and_rows_are_what_training_reads(tmp_path: Path):
         write_clips(tmp_path / "media", clips[part::3], source=Photographs(names=("coffee.png",)))
     num_rows = write_rows(tmp_path / "rows.jsonl", clips, media="media")
     data = ConversationDataset(
-        tmp_path / "rows.jsonl", tokenizer=TOKENIZER, tokens_per_frame=4, num_frames=8, context=100
+        JsonRows(tmp_path / "rows.jsonl"), tokenizer=TOKENIZER, tokens_per_frame=4, num_frames=8, context=100
     )
     frames = [len(data[index].frame_starts) for index in range(len(data))]
     expected = [clip.num_frames for clip in clips if clip.needle for _ in clip.needle.questions]

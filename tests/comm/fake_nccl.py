@@ -71,6 +71,7 @@ class World:
         self.waiting: list[Callable[[], bool]] = []
         self.num_over = 0
         self.error: BaseException | None = None
+        self.kept: list[Any] = []  # transports, whose tensors others may write to when their rank is over
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         with self.changed:

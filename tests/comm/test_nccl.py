@@ -127,6 +127,7 @@ def test_a_group_that_does_not_stand_behind_the_current_stream_is_refused() -> N
             nccl=FakeNccl(world),
             cuda=Hasty(world),
         )
+        world.kept.append(transport)
         peer = 1 - rank
         transport.exchange("ring", send_to=peer, send=[torch.ones(1)], recv_from=peer, recv=[torch.ones(1)])
 

@@ -26,6 +26,7 @@ class ThreadMesh(Grid):
             nccl=self.nccl,
             cuda=FakeCuda(world),
         )
+        world.kept.append(self.transport)
 
     def gather_objects(self, obj: Any, axis: Any = "world") -> list[Any]:
         ranks = self.axis_ranks(axis)

@@ -24,6 +24,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3VLConfig,
@@ -67,7 +69,19 @@ def alternating() -> PreTrainedModel:
     return qwen2(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)
 
 
-TEXT = {"qwen2": qwen2, "llama": llama, "qwen3": qwen3, "mistral": mistral, "alternating": alternating}
+def uneven() -> PreTrainedModel:
+    """9 heads in groups of 3, which 2 ranks cannot halve."""
+    return qwen2(num_attention_heads=9, num_key_value_heads=3)
+
+
+TEXT = {
+    "qwen2": qwen2,
+    "llama": llama,
+    "qwen3": qwen3,
+    "mistral": mistral,
+    "alternating": alternating,
+    "uneven": uneven,
+}
 
 
 @torch.no_grad()
@@ -157,8 +171,15 @@ QWEN_TOKENS = {
 }
 
 
+def qwen2_vl() -> PreTrainedModel:
+    """Patches of 2 x 2 pixels and two frames, 4 a token; each frame sees itself."""
+    vision = {"depth": 2, "embed_dim": 16, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2, "patch_size": 2}
+    config = Qwen2VLConfig(text_config=QWEN_TEXT, vision_config=vision, tie_word_embeddings=False, **QWEN_TOKENS)
+    return settled(Qwen2VLForConditionalGeneration(config))
+
+
 def qwen2_5_vl() -> PreTrainedModel:
-    """Patches of 2 x 2 pixels and two frames, 4 a token; windows of 4 x 4 patches in two layers of three."""
+    """As Qwen2-VL, with windows of 4 x 4 patches in two layers of three."""
     config = Qwen2_5_VLConfig(
         text_config=QWEN_TEXT,
         vision_config=QWEN_VISION | {"window_size": 8, "fullatt_block_indexes": [1]},
@@ -183,6 +204,7 @@ VISION = {
     "llava": llava,
     "llava_onevision": llava_onevision,
     "internvl": internvl,
+    "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
 }

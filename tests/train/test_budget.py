@@ -15,7 +15,7 @@ from longtake.model.vision import VisionTower
 from longtake.model.vlm import VisionLanguageModel
 from longtake.train.budget import Activations, estimate, gathered_bytes, shaped_model, share_out, state_bytes
 from longtake.train.config import TrainConfig
-from longtake.train.data import Sample
+from longtake.train.sample import Sample
 from longtake.train.optimizer import build_optimizer
 from longtake.train.stages import freeze_for
 from longtake.train.trainer import shard_parameters
@@ -127,7 +127,8 @@ def kept_bytes(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        loss = network(batch, torch.randn(batch.frames.last - batch.frames.first, 3, size, size))
+        num_frames = batch.frames.last - batch.frames.first
+        loss = network(batch, torch.randint(256, (num_frames, 3, size, size), dtype=torch.uint8))
     assert loss.requires_grad  # and so what is kept is still there
     return sum(kept.values())
 

@@ -11,8 +11,13 @@ from longtake.comm.mesh import Mesh
 from longtake.model.batch import shard_documents
 from longtake.model.chat import load_tokenizer
 from longtake.model.features import frame_share
-from longtake.train.data import ConversationDataset, PackedDataset, Sample, SampleError, order, read_pixels
-from longtake.train.loader import Dataset, StepData, StepLoader
+from longtake.train.conversations import ConversationDataset
+from longtake.train.decode import FrameReader
+from longtake.train.loader import StepData, StepLoader
+from longtake.train.mixture import Dataset, Mixture
+from longtake.train.packed import PackedDataset
+from longtake.train.rows import JsonRows
+from longtake.train.sample import Sample, SampleError
 
 from tests.ranks import run_ranks
 from tests.training_files import IMAGE_SIZE, TOKENS_PER_FRAME, conversation, run_config, write_rows
@@ -26,7 +31,7 @@ class Watched:
     def __init__(self, start: Path, rows: Path, lost: int | None = None) -> None:
         tokenizer = load_tokenizer(start)
         self.rows = ConversationDataset(
-            rows, tokenizer=tokenizer, tokens_per_frame=TOKENS_PER_FRAME, num_frames=16, context=100
+            JsonRows(rows), tokenizer=tokenizer, tokens_per_frame=TOKENS_PER_FRAME, num_frames=16, context=100
         )
         self.lost, self.read = lost, []
 
@@ -42,12 +47,12 @@ class Watched:
         return replace(sample, media=(*media, replace(last, path=Path("gone.mp4"))))
 
 
-def make_loader(dataset: Dataset, mesh: Mesh, **fields: Any) -> StepLoader:
+def make_loader(dataset: Dataset[Sample], mesh: Mesh, **fields: Any) -> StepLoader:
     config = run_config(Path(), Path(), Path(), seed=SEED, ring=mesh.ring, ulysses=mesh.ulysses, **fields)
-    return StepLoader(dataset, config, mesh, tokens_per_frame=TOKENS_PER_FRAME, image_size=IMAGE_SIZE)
+    return StepLoader(Mixture([dataset]), config, mesh, tokens_per_frame=TOKENS_PER_FRAME, image_size=IMAGE_SIZE)
 
 
-def is_step(data: StepData, dataset: Dataset, mesh: Mesh, sequences: Sequence[Sequence[Sequence[int]]]) -> bool:
+def is_step(data: StepData, dataset: Dataset[Sample], mesh: Mesh, sequences: Sequence[Sequence[Sequence[int]]]) -> bool:
     """Whether the step is, for each accumulation and group, a sequence of the samples with those indices."""
     samples = [[[dataset[index] for index in group] for group in groups] for groups in sequences]
     every = [sample for groups in samples for group in groups for sample in group]
@@ -58,7 +63,7 @@ def is_step(data: StepData, dataset: Dataset, mesh: Mesh, sequences: Sequence[Se
         share = frame_share(sum(len(sample.frame_starts) for sample in mine), mesh)
         right &= torch.equal(batch.input_ids, expected.input_ids)
         right &= torch.equal(batch.weights, expected.weights)
-        right &= torch.equal(pixels, read_pixels(mine, *share, IMAGE_SIZE))
+        right &= torch.equal(pixels, FrameReader(IMAGE_SIZE).read(mine, *share))
     totals = (data.total_weight, data.num_tokens, data.num_frames, data.max_tokens, data.max_frames)
     lengths, frames = [len(s.input_ids) for s in every], [len(s.frame_starts) for s in every]
     weight = sum(float(sample.loss_weight.sum()) for sample in every)
@@ -72,7 +77,7 @@ def deal(rank: int, start: Path, rows: Path) -> dict[str, bool]:
         for size, accumulation in ((2, 1), (1, 3), (8, 1)):  # 8 of 6 rows: a row comes twice
             dataset = Watched(start, rows)
             count = size * accumulation * mesh.data
-            indices = order(len(dataset), SEED, 0, 3 * count)
+            indices = Mixture([dataset]).order(SEED, 0, 3 * count)
             loader = make_loader(dataset, mesh, steps=3, batch_size=size, accumulation=accumulation)
             steps = [loader.load(step * count) for step in range(3)]  # the later two were read ahead
             loader.close()
@@ -114,7 +119,7 @@ def load_bad(rank: int, start: Path, rows: Path, mesh: Mesh, lost: int, **fields
     count = size * mesh.data
     loader = make_loader(dataset, mesh, steps=3, **fields)
     for step in range(3):
-        indices = order(len(dataset), SEED, step * count, count)
+        indices = Mixture([dataset]).order(SEED, step * count, count)
         groups = [[i for i in indices[d * size : (d + 1) * size] if i not in bad] for d in range(mesh.data)]
         try:
             data = loader.load(step * count)
@@ -129,7 +134,7 @@ def load_bad(rank: int, start: Path, rows: Path, mesh: Mesh, lost: int, **fields
 def meet_bad_samples(rank: int, start: Path, rows: Path) -> dict[str, Any]:
     one, two = Mesh(ring=2, ulysses=2), Mesh(data=2, ulysses=2)
     try:
-        read_pixels([Watched(start, rows, lost=3)[3]], *frame_share(5, one), IMAGE_SIZE)
+        FrameReader(IMAGE_SIZE).read([Watched(start, rows, lost=3)[3]], *frame_share(5, one))
         meets_it = False
     except SampleError:
         meets_it = True

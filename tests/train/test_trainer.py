@@ -11,7 +11,7 @@ from longtake.comm.mesh import Mesh
 from longtake.model.checkpoint import complete_steps, load_model
 from longtake.model.config import ModelConfig
 from longtake.model.vlm import VisionLanguageModel
-from longtake.train.data import SampleError
+from longtake.train.sample import SampleError
 from longtake.train.trainer import StepLog, Trainer, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
