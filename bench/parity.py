@@ -29,7 +29,7 @@ def parity(config: TrainConfig, mesh: Mesh) -> dict[str, dict[str, float]]:
         one_rank,
         alone,
         tokens_per_frame=trainer.loader.tokens_per_frame,
-        image_size=trainer.loader.image_size,
+        image_size=trainer.loader.reader.size,
     )
     one = _measure(model, loader, alone)
     return {"1": one, str(mesh.world_size): many}

@@ -34,9 +34,9 @@ from ..model.init import init
 from ..model.shapes import ShapeName, published_shape
 from ..model.vlm import VisionLanguageModel
 from ..train.config import TrainConfig
-from ..train.sample import Sample
 from ..train.loader import StepData
 from ..train.optimizer import build_optimizer, clip_gradients
+from ..train.sample import Sample
 from ..train.trainer import compute_gradients, peak_memory_gib, shard_parameters
 from .demo import VOCABULARY
 from .demo_data import demo_config
@@ -83,7 +83,8 @@ def synthetic_step(setting: Setting, mesh: Mesh, num_tokens: int) -> StepData:
         route=setting.train.route,
     )
     size = config.vision.image_size
-    pixels = torch.randn(batch.frames.last - batch.frames.first, 3, size, size, device=mesh.device)
+    num_frames = batch.frames.last - batch.frames.first
+    pixels = torch.randint(256, (num_frames, 3, size, size), dtype=torch.uint8, device=mesh.device)
     return StepData(
         batches=[(batch, pixels)],
         total_weight=batch.total_weight,

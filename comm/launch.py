@@ -136,8 +136,7 @@ def _start(
 def _rank_main(
     folder: str, body: Callable[..., Any], args: tuple[Any, ...], timeout: timedelta, share_gpu: bool
 ) -> Any:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every rank: only the parent speaks
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     try:
         return _join(body, args, timeout, share_gpu)
     except Exception as error:
@@ -150,8 +149,13 @@ def _rank_main(
         raise
 
 
-def _end_with_parent() -> None:
-    """Leave no orphan where the parent was killed: the fork server outlives it."""
+def end_with_parent() -> None:
+    """For a process of the fork server: leave no orphan where the parent is killed, which the server outlives."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process: only the first of them speaks
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -24,7 +24,7 @@ from ..model.features import route_frames
 from ..model.ring import ring_attention
 from ..model.ulysses import HeadSplit, pick_heads, to_heads, to_tokens
 from ..model.vlm import VisionLanguageModel
-from .merge import merge_partials
+from ..model.merge import merge_partials
 from .sampling import sample
 
 ReadFrames = Callable[[int, int], Tensor]

@@ -10,6 +10,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from errno import EINVAL
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
@@ -124,7 +125,7 @@ def read_image(path: Medium, *, size: int) -> Tensor:
     with _open_image(path) as image:
         upright = ImageOps.exif_transpose(image).convert("RGB")
         resized = upright.resize((size, size), Image.Resampling.BICUBIC)
-    return torch.tensor(np.asarray(resized).transpose(2, 0, 1)[None])
+    return torch.from_numpy(np.array(resized).transpose(2, 0, 1)[None].copy())
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def _open(path: Medium) -> Iterator[tuple[InputContainer, VideoStream]]:
     try:
         with (
             _file(path) as file,  # for a whole file FFmpeg has a quicker way
-            av.open(file if isinstance(path, Inside) else str(path), metadata_errors="replace") as container,
+            av.open(file if isinstance(path, Inside) else str(path), "r", metadata_errors="replace") as container,
         ):
             for stream in container.streams.video:
                 if not stream.disposition & Disposition.attached_pic:
@@ -154,7 +155,7 @@ def _open(path: Medium) -> Iterator[tuple[InputContainer, VideoStream]]:
                 kinds = sorted({stream.type for stream in container.streams})
                 raise MediaError(f"{path}: no video in it, only {', '.join(kinds) or 'an empty container'}")
             yield container, stream
-    except FFmpegError as error:
+    except (FFmpegError, OSError) as error:
         raise MediaError(f"{path}: not a media file, or truncated or damaged ({error.strerror})") from error
 
 
@@ -262,8 +263,11 @@ class _Part(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.part.size}[whence]
-        return self.position
+        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.part.size}[whence]
+        if position < 0:  # FFmpeg tries that in an empty file
+            raise OSError(EINVAL, "no such place in the file")
+        self.position = position
+        return position
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         self.file.seek(self.part.start + self.position)

@@ -1,5 +1,6 @@
 """What a run's `data` may be, and how it is opened: files, folders of shards, mixtures of both."""
 
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -31,7 +32,7 @@ def open_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, model: Mo
 
     def open_source(path: Path, media: Path | None) -> Dataset[Sample]:
         if config.plan.data == "packed":
-            return PackedDataset(path, context=config.context)
+            return _open_packed(path, media, context=config.context)
         return ConversationDataset(
             open_rows(path, media),
             tokenizer=tokenizer,
@@ -48,5 +49,11 @@ def open_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, model: Mo
 def count_samples(config: TrainConfig) -> int:
     """Samples in an epoch of the run's data, none of which is read."""
     if config.plan.data == "packed":
-        return len(open_mixture(config.data, lambda path, _: PackedDataset(path, context=config.context)))
-    return len(open_mixture(config.data, lambda path, media: range(len(open_rows(path, media)))))
+        return len(open_mixture(config.data, partial(_open_packed, context=config.context)))
+    return len(open_mixture(config.data, open_rows))
+
+
+def _open_packed(path: Path, media: Path | None, *, context: int) -> PackedDataset:
+    if media is not None:
+        raise ValueError(f"{path}: packed text has no media, leave media = {str(media)!r} out")
+    return PackedDataset(path, context=context)

@@ -1,9 +1,10 @@
 """The batches of each step, read ahead in a thread; all ranks agree on bad samples before they enter the step."""
 
 import logging
+import time
 from collections.abc import Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ class StepData:
     """This rank's share of one optimizer step: a batch and its pixels, uint8 and on the host, for each sequence.
 
     total_weight: of all tokens of the global batch, the loss's denominator; num_tokens, num_frames: in it.
-    max_tokens, max_frames: of its longest document. num_skipped: bad samples left out.
+    max_tokens, max_frames: of its longest document. num_skipped: bad samples left out. waited: seconds that it took
+    until this rank's frames were there.
     """
 
     batches: list[tuple[ShardedBatch, Tensor]]
@@ -34,6 +36,7 @@ class StepData:
     max_tokens: int
     max_frames: int
     num_skipped: int
+    waited: float = 0.0
 
 
 class _Draft:
@@ -63,7 +66,9 @@ class StepLoader:
 
         Raises SampleError on every rank where a sample is bad and the config says stop.
         """
+        began = time.perf_counter()
         draft = self._wait_for(consumed)
+        waited = time.perf_counter() - began
         left_out: set[int] = set()
         while errors := self._agree(draft.errors):
             if self.config.on_bad_sample == "stop":
@@ -76,7 +81,7 @@ class StepLoader:
         following = consumed + self.samples_per_step
         if following < self.config.steps * self.samples_per_step:
             self.ahead = following, self.thread.submit(self._read, following)
-        return self._shard(draft, len(left_out))
+        return replace(self._shard(draft, len(left_out)), waited=waited)
 
     def close(self) -> None:
         """Stop reading ahead."""

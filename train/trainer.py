@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 class StepLog:
     """What a step prints. loss: mean over the weighted tokens, 0 without any; memory_gib: this rank's peak.
 
-    max_frames, max_tokens: of the longest sample in the step.
+    max_frames, max_tokens: of the longest sample in the step. waited: seconds in which this rank waited for its data;
+    where that is more than a few per cent of a step, give it `workers`.
     """
 
     step: int
@@ -48,6 +49,7 @@ class StepLog:
     skipped: int
     max_frames: int
     max_tokens: int
+    waited: float
 
 
 def train(config: TrainConfig, *, continue_run: bool = False) -> list[StepLog]:
@@ -213,6 +215,7 @@ class Trainer:
             skipped=self.progress.skipped,
             max_frames=data.max_frames,
             max_tokens=data.max_tokens,
+            waited=data.waited,
         )
 
     def save(self, *, optimizer: bool = True) -> None:

@@ -23,7 +23,7 @@ SOURCE = Photographs(names=("chelsea.png",))
 def decoded(path: Path, size: int = 32) -> np.ndarray:
     """All frames, float [n, size, size, 3] in 0..255."""
     count = probe(path).num_frames
-    return read_frames(path, list(range(count)), size=size).permute(0, 2, 3, 1).numpy()
+    return read_frames(path, list(range(count)), size=size).permute(0, 2, 3, 1).double().numpy()
 
 
 def test_seen_and_unseen_photographs_have_nothing_in_common():

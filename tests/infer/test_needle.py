@@ -20,6 +20,7 @@ from longtake.infer.needle_images import CHANCE
 from longtake.model.batch import Document
 from longtake.model.chat import load_tokenizer
 from longtake.model.config import ModelConfig
+from longtake.model.vision import normalise
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -50,7 +51,7 @@ class ScriptedEngine:
         num_frames = sum(len(prompt.frame_starts) for prompt in prompts)
         whole = read(0, num_frames)
         assert torch.equal(whole, torch.cat([read(a, min(a + 2, num_frames)) for a in range(0, num_frames, 2)]))
-        self.shown += whole.split([len(prompt.frame_starts) for prompt in prompts])
+        self.shown += normalise(whole).split([len(prompt.frame_starts) for prompt in prompts])
         lengths = [min(says.index(stop) + 1 if stop in says else max_new_tokens, max_new_tokens) for says in script]
         for step in range(max(lengths)):
             yield [says[step] if step < length else None for says, length in zip(script, lengths, strict=True)]

@@ -5,10 +5,10 @@ import torch
 from longtake.model import vision
 from longtake.model.config import VisionConfig
 from longtake.model.init import init
-from longtake.model.vision import VisionTower
+from longtake.model.vision import VisionTower, normalise
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import SiglipConfig, SiglipModel
+from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -66,6 +66,15 @@ def test_no_frames_give_zero_gradients():
     assert features.shape == (0, 25, 32)
     features.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_decoded_pixels_are_normalised_as_transformers_does() -> None:
+    frames = torch.randint(256, (2, 3, 23, 23), dtype=torch.uint8)
+    processor = SiglipImageProcessor(do_resize=False)
+    normalised = processor(list(frames), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(normalise(frames), normalised, rtol=0, atol=1e-6)
+    assert normalise(normalised) is normalised
+    assert torch.equal(tower()(frames), tower()(normalise(frames)))
 
 
 def gradients(pixels: Tensor, *, recompute: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

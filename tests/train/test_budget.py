@@ -15,8 +15,8 @@ from longtake.model.vision import VisionTower
 from longtake.model.vlm import VisionLanguageModel
 from longtake.train.budget import Activations, estimate, gathered_bytes, shaped_model, share_out, state_bytes
 from longtake.train.config import TrainConfig
-from longtake.train.sample import Sample
 from longtake.train.optimizer import build_optimizer
+from longtake.train.sample import Sample
 from longtake.train.stages import freeze_for
 from longtake.train.trainer import shard_parameters
 from torch import Tensor, nn

@@ -63,8 +63,13 @@ def weights(folder: Path) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-def test_a_run_killed_by_the_system_is_resumed_to_the_same_weights(write_config: WriteConfig, tmp_path: Path) -> None:
-    config = write_config(steps=30, save_every=2)
+def test_a_run_killed_by_the_system_is_resumed_to_the_same_weights(
+    write_config: WriteConfig, conversations: Path, tmp_path: Path
+) -> None:
+    """In the middle of an epoch of a mixture, with workers that decode."""
+    source = f'[[source]]\ndata = "{conversations}"\nweight = '
+    (tmp_path / "mix.toml").write_text(f"{source} 2\n{source} 1\n")
+    config = write_config(steps=30, save_every=2, data=tmp_path / "mix.toml", workers=1)
     main(["train", "--config", str(config), "--out", str(tmp_path / "through"), "--save-every=0"])
     process = start_command("--config", config)
     deadline = time.monotonic() + PATIENCE
@@ -80,6 +85,16 @@ def test_a_run_killed_by_the_system_is_resumed_to_the_same_weights(write_config:
     losses = [EventAccumulator(str(tmp_path / out)).Reload().Scalars("loss") for out in ("out", "through")]
     assert [event.step for event in losses[0]] == list(range(1, 31))
     assert [event.value for event in losses[0]] == [event.value for event in losses[1]]
+
+
+def test_workers_of_two_ranks_decode_what_their_threads_would(write_config: WriteConfig, tmp_path: Path) -> None:
+    for workers in ("0", "2"):
+        flags = ("--ring", "2", "--workers", workers, "--out", tmp_path / workers)
+        process = start_command("--config", write_config(), *flags)
+        _, log = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, log
+        assert "Warning" not in log
+    assert weights(tmp_path / "0").equal(weights(tmp_path / "2"))
 
 
 def test_two_ranks_train_and_the_first_alone_speaks(write_config: WriteConfig, tmp_path: Path) -> None:

@@ -1,290 +1,108 @@
+"""A run's data: JSON, shards, packed text, or a mixture of them."""
+
+import io
 import json
-import re
-from collections.abc import Sequence
+import tarfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from longtake.model.chat import build_tokenizer, encode
-from longtake.model.media import read_frames, read_image
-from longtake.train.data import (
-    ConversationDataset,
-    PackedDataset,
-    Sample,
-    SampleError,
-    order,
-    read_pixels,
-    write_packed,
-)
-from safetensors.torch import save_file
-from transformers import Qwen2Tokenizer
+from longtake.model.chat import load_tokenizer
+from longtake.model.config import ModelConfig
+from longtake.train.config import TrainConfig
+from longtake.train.data import count_samples, open_data, open_rows
+from longtake.train.mixture import Mixture
+from longtake.train.packed import write_packed
+from longtake.train.rows import JsonRows
+from longtake.train.sample import Sample, SampleError
+from longtake.train.shards import ShardRows
 
-from tests.media_files import moving_square, truncate, write_audio, write_image, write_video
-
-Row = dict[str, Any]
+from tests.training_files import conversation, run_config, write_rows
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Qwen2Tokenizer:
-    return build_tokenizer([Path(__file__).read_text(encoding="utf-8")], ["red"], 400)
+def write_text_shard(path: Path, count: int) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for i in range(count):
+            data, member = json.dumps(conversation(i, ())).encode(), tarfile.TarInfo(f"{i}.json")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
 
 
-@pytest.fixture(scope="module")
-def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one file of each sort, good and bad."""
-    folder = tmp_path_factory.mktemp("media")
-    for num_frames in (1, 3, 9, 40):
-        write_video(folder / f"{num_frames}.mp4", moving_square(num_frames, seed=num_frames))
-    write_image(folder / "a.png", moving_square(1, seed=50)[0])
-    write_image(folder / "b.jpg", moving_square(1, seed=60)[0])
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
-    truncate(write_image(folder / "cut.jpg", noise), keep=0.5)
-    truncate(write_video(folder / "cut.mp4", moving_square(40)), keep=0.5)
-    write_audio(folder / "audio.mp4")
-    (folder / "text.png").write_text("no image")
-    return folder
+def opened(config: TrainConfig, start: Path) -> Mixture[Sample]:
+    return open_data(config, load_tokenizer(start), ModelConfig.load(start))
 
 
-def row(*values: str, **fields: Any) -> Row:
-    turns = [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
-    return {"id": "a", "conversations": turns, **fields}
+def test_rows_are_opened_by_what_they_lie_in(tmp_path: Path) -> None:
+    write_text_shard(tmp_path / "a.tar", 3)
+    write_rows(tmp_path / "rows.tar.jsonl", [conversation(0, ())])
+    assert isinstance(open_rows(tmp_path / "a.tar"), ShardRows) and isinstance(open_rows(tmp_path), ShardRows)
+    assert isinstance(open_rows(tmp_path / "rows.tar.jsonl"), JsonRows)
+    with pytest.raises(SampleError, match=f"{tmp_path / 'none.json'}: no such file"):
+        open_rows(tmp_path / "none.json")
+    with pytest.raises(ValueError, match=f"{tmp_path}: shards hold their media, leave media = 'x' out"):
+        open_rows(tmp_path, Path("x"))
 
 
-GOOD = [
-    row("<video>\nWhat ?", "red", video="9.mp4"),
-    row("No pictures ?", "none", "Sure ?", "yes, été 🙂"),
-    row("<image> or <image>", "red", image=["a.png", "b.jpg"]),
-    row("<video><image>", "red", "<video>", "red", image="a.png", video=["3.mp4", "40.mp4"]),
-    row("Again <video>", "red", video="1.mp4"),
-]
+def test_a_mixture_of_files_shards_and_folders_is_trained_on(tmp_path: Path, start: Path, conversations: Path) -> None:
+    write_text_shard(tmp_path / "a.tar", 4)
+    rows = write_rows(tmp_path / "rows.jsonl", [conversation(1, (3,))])
+    text = f"""
+    [[source]]
+    data = "a.tar"
+    [[source]]
+    data = "rows.jsonl"
+    media = "{conversations.parent}"
+    repeat = 2
+    [[source]]
+    data = "{conversations}"
+    """
+    (tmp_path / "mix.toml").write_text(text)
+    config = run_config(start, tmp_path / "mix.toml", tmp_path)
+    data = opened(config, start)
+    assert len(data) == count_samples(config) == 4 + 2 + 6
+    samples = [data[index] for index in data.order(config.seed, 0, len(data))]
+    sources = sorted(sample.source for sample in samples)
+    expected = [f"{tmp_path / 'a.tar'}: row {i}" for i in (1, 2, 3, 4)] + 2 * [f"{rows}: row 1"]
+    assert sources == sorted(expected + [f"{conversations}: row {i}" for i in range(1, 7)])
 
 
-def dataset(path: Path, rows: Sequence[Row | str], tokenizer: Qwen2Tokenizer, **options: Any) -> ConversationDataset:
-    lines = [r if isinstance(r, str) else json.dumps(r) for r in rows]
-    path.write_text("\n".join(lines) + "\n", "utf-8", "surrogateescape")
-    settings = {"tokens_per_frame": 4, "num_frames": 8, "context": 1000, **options}
-    return ConversationDataset(path, tokenizer=tokenizer, **settings)
+def test_packed_files_are_mixed_too(tmp_path: Path, start: Path) -> None:
+    for name, value, length in (("a", 1, 40), ("b", 2, 100)):
+        write_packed(tmp_path / f"{name}.safetensors", [torch.full((length,), value)])
+    sources = "".join(f'[[source]]\ndata = "{name}.safetensors"\nweight = 1\n' for name in "ab")
+    (tmp_path / "mix.toml").write_text(sources)
+    config = run_config(start, tmp_path / "mix.toml", tmp_path, stage=4, context=10)
+    data = opened(config, start)
+    assert len(data) == count_samples(config) == 4 + 10
+    values = [int(data[index].input_ids[0]) for index in data.order(0, 0, 14)]
+    assert values.count(1) == values.count(2) == 7
 
 
-def assert_same(actual: Sample, expected: Sample) -> None:
-    assert torch.equal(actual.input_ids, expected.input_ids)
-    assert torch.equal(actual.loss_weight, expected.loss_weight)
-    assert torch.equal(actual.frame_starts, expected.frame_starts)
-    assert actual.media == expected.media
+def test_counting_samples_makes_the_indices_of_shards(tmp_path: Path, start: Path) -> None:
+    for name, count in (("a", 3), ("b", 2)):
+        write_text_shard(tmp_path / f"{name}.tar", count)
+    assert count_samples(run_config(start, tmp_path, tmp_path)) == 5
+    assert sorted(path.name for path in tmp_path.glob("*.npy")) == ["a.tar.index.npy", "b.tar.index.npy"]
 
 
-def test_a_row_becomes_its_tokens_and_the_frames_to_read(media: Path, tokenizer: Qwen2Tokenizer) -> None:
-    sample = dataset(media / "good.jsonl", GOOD, tokenizer)[3]
-    kinds = [("video", 3), ("image", 1), ("video", 8)]
-    expected = encode(tokenizer, GOOD[3]["conversations"], kinds, tokens_per_frame=4)  # type: ignore[arg-type]
-    assert torch.equal(sample.input_ids, expected.input_ids)
-    assert torch.equal(sample.loss_weight, expected.loss_weight)
-    assert torch.equal(sample.frame_starts, expected.frame_starts)
-    assert [(item.path.name, item.kind) for item in sample.media] == [
-        ("3.mp4", "video"),
-        ("a.png", "image"),
-        ("40.mp4", "video"),
-    ]
-    assert [item.indices for item in sample.media] == [(0, 1, 2), (0,), (0, 6, 11, 17, 22, 28, 33, 39)]
-    assert sample.documents() == [sample]
+def test_packed_text_has_no_media(tmp_path: Path, start: Path, packed: Path) -> None:
+    (tmp_path / "mix.toml").write_text(f'[[source]]\ndata = "{packed}"\nmedia = "videos"')
+    config = run_config(start, tmp_path / "mix.toml", tmp_path, stage=4)
+    for use in (count_samples, lambda config: opened(config, start)):
+        with pytest.raises(ValueError, match=f"{packed}: packed text has no media, leave media = .*videos' out"):
+            use(config)
 
 
-def test_max_fps_bounds_the_frames_of_a_video(media: Path, tokenizer: Qwen2Tokenizer) -> None:
-    """40 frames at 8 a second are 5 seconds."""
-    rows = [row("<video>", "red", video="40.mp4")]
-    sample = dataset(media / "fps.jsonl", rows, tokenizer, num_frames=256, max_fps=2)[0]
-    assert len(sample.media[0].indices) == len(sample.frame_starts) == 10
+def settings_of(config: TrainConfig, start: Path) -> dict[str, Any]:
+    dataset: Any = opened(config, start).datasets[0]
+    return vars(dataset)
 
 
-def test_rows_of_text_alone_have_no_media(media: Path, tokenizer: Qwen2Tokenizer) -> None:
-    sample = dataset(media / "good.jsonl", GOOD, tokenizer)[1]
-    assert sample.media == () and sample.frame_starts.tolist() == []
-    assert sample.cu_seqlens.tolist() == [0, len(sample.input_ids)]
-    assert read_pixels([sample], 0, 0, 16).shape == (0, 3, 16, 16)
-
-
-@pytest.mark.parametrize("indent", [None, 2])
-def test_a_json_list_holds_the_same_rows_as_json_lines(
-    media: Path, tokenizer: Qwen2Tokenizer, indent: int | None
-) -> None:
-    lines = dataset(media / "good.jsonl", GOOD, tokenizer)
-    text = json.dumps(GOOD, indent=indent, ensure_ascii=False)
-    listed = dataset(media / "good.json", [text], tokenizer)
-    assert len(listed) == len(lines) == len(GOOD)
-    for i in range(len(GOOD)):
-        assert_same(listed[i], lines[i])
-        assert listed[i].source == f"{media / 'good.json'}: row {i + 1}"
-
-
-def test_empty_lines_count_as_lines_but_not_as_rows(media: Path, tokenizer: Qwen2Tokenizer) -> None:
-    rows = dataset(media / "gaps.jsonl", ["", GOOD[0], "  ", GOOD[1]], tokenizer)
-    assert [rows[i].source for i in range(len(rows))] == [f"{media / 'gaps.jsonl'}: row {n}" for n in (2, 4)]
-
-
-BAD = {
-    "not json": ('{"conversations": [', 'not JSON: .*in {"conversations": \\['),
-    "not utf-8": ("\udcff", "not JSON"),
-    "no object": ("3", "not an object: 3"),
-    "no conversations": ({"id": "a"}, "no list in field 'conversations'"),
-    "no value": ({"conversations": [{"from": "human"}]}, "turn 1 has no text in its field 'value'"),
-    "no from": ({"conversations": [{"value": "a"}]}, "turn 1 has no text in its field 'from'"),
-    "no turn": ({"conversations": [3]}, "turn 1 has no text"),
-    "no answer": (row("a"), "1 turns does not end with one from 'gpt'"),
-    "wrong order": (
-        {"conversations": [{"from": "gpt", "value": "a"}]},
-        "turn 1 is from 'gpt', not 'human'",
-    ),
-    "too few placeholders": (row("a", "b", video="9.mp4"), "0 placeholders <video> for 1 in field 'video'"),
-    "too many placeholders": (row("<image><image>", "b", image="a.png"), "2 placeholders <image> for 1"),
-    "no media": (row("<video>", "b"), "1 placeholders <video> for 0 in field 'video'"),
-    "wrong kind": (row("<video>", "b", image="a.png"), "0 placeholders <image> for 1"),
-    "no path": (row("<video>", "b", video=3), "field 'video' has 3, neither a path"),
-    "no paths": (row("<video>", "b", video=["9.mp4", None]), "field 'video' has .*neither a path"),
-    "missing video": (row("<video>", "b", video="none.mp4"), "none.mp4: no such file"),
-    "truncated video": (row("<video>", "b", video="cut.mp4"), "cut.mp4: .*truncated"),
-    "audio alone": (row("<video>", "b", video="audio.mp4"), "audio.mp4: no video in it, only audio"),
-    "missing image": (row("<image>", "b", image="none.png"), "none.png: no such file"),
-    "no image": (row("<image>", "b", image="text.png"), "text.png: not an image"),
-    "too long": (row("<video>", "b", video="40.mp4"), r"\d+ tokens are more than the context of 40"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_a_bad_row_is_named_with_its_file_number_and_reason(media: Path, tokenizer: Qwen2Tokenizer, case: str) -> None:
-    bad, reason = BAD[case]
-    path, good = media / "bad.jsonl", row("a", "b")
-    rows = dataset(path, [good, good, "", bad], tokenizer, context=40 if case == "too long" else 1000)
-    assert rows[1].source == f"{path}: row 2"
-    with pytest.raises(SampleError, match=f"^{re.escape(str(path))}: row 4: .*{reason}") as caught:
-        rows[2]
-    assert caught.value.source == f"{path}: row 4"
-
-
-def test_a_sample_may_fill_the_context_to_the_last_token(media: Path, tokenizer: Qwen2Tokenizer) -> None:
-    num_tokens = len(dataset(media / "long.jsonl", GOOD, tokenizer)[0].input_ids)
-    assert len(dataset(media / "long.jsonl", GOOD, tokenizer, context=num_tokens)[0].input_ids) == num_tokens
-    reason = f"{num_tokens} tokens are more than the context of {num_tokens - 1}"
-    with pytest.raises(SampleError, match=reason):
-        dataset(media / "long.jsonl", GOOD, tokenizer, context=num_tokens - 1)[0]
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        ("", "has no rows"),
-        ("\n \n", "has no rows"),
-        ("[]", "has no rows"),
-        ('[{"id": 1}, {"id": ]', "row 2: not JSON"),
-        ('[{"id": 1}, {"id": 2}', "does not end after row 2"),
-    ],
-)
-def test_a_file_without_rows_is_named(tmp_path: Path, tokenizer: Qwen2Tokenizer, content: str, reason: str) -> None:
-    with pytest.raises(SampleError, match=f"{tmp_path / 'a.json'}: .*{reason}"):
-        dataset(tmp_path / "a.json", [content], tokenizer)
-
-
-def test_a_missing_file_is_named(tmp_path: Path, tokenizer: Qwen2Tokenizer) -> None:
-    path = tmp_path / "none.jsonl"
-    with pytest.raises(SampleError, match=f"{path}: no such file"):
-        ConversationDataset(path, tokenizer=tokenizer, tokens_per_frame=1, num_frames=1, context=9)
-    with pytest.raises(SampleError, match=f"{path}: no such file"):
-        PackedDataset(path, context=9)
-
-
-def test_any_share_of_the_frames_is_read(media: Path, tokenizer: Qwen2Tokenizer) -> None:
-    rows = dataset(media / "good.jsonl", GOOD, tokenizer)
-    samples = [rows[i] for i in range(len(rows))]
-    expected = torch.cat(
-        [
-            read_image(item.path, size=16) if item.kind == "image" else read_frames(item.path, item.indices, size=16)
-            for sample in samples
-            for item in sample.media
-        ]
-    )
-    total = sum(len(sample.frame_starts) for sample in samples)
-    assert len(expected) == total == 8 + 2 + 3 + 1 + 8 + 1
-    for first in range(total + 1):
-        for last in range(first, total + 1, 3):
-            pixels = read_pixels(samples, first, last, 16)
-            assert pixels.shape == (last - first, 3, 16, 16)
-            assert torch.equal(pixels, expected[first:last])
-
-
-def test_a_medium_that_breaks_when_decoded_is_named_with_its_row(media: Path, tokenizer: Qwen2Tokenizer) -> None:
-    """Half a JPEG has a good header, and is found out by decoding alone."""
-    rows = dataset(media / "late.jsonl", [GOOD[0], row("<image>", "b", image="cut.jpg")], tokenizer)
-    samples = [rows[0], rows[1]]
-    assert len(read_pixels(samples, 0, 8, 16)) == 8
-    with pytest.raises(SampleError, match=r"late.jsonl: row 2: .*cut.jpg: not an image, or truncated") as caught:
-        read_pixels(samples, 4, 9, 16)
-    assert caught.value.source == samples[1].source
-
-
-def documents(lengths: Sequence[int]) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(sum(lengths))
-    return [torch.randint(0, 50_000, (length,), generator=generator) for length in lengths]
-
-
-@pytest.mark.parametrize("context", [1, 4, 7, 100])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_packs_hold_every_token_once_in_order(tmp_path: Path, context: int, weighted: bool) -> None:
-    docs = documents([3, 9, 0, 1, 1, 16])
-    weights = [torch.rand(len(doc)) for doc in docs]
-    write_packed(tmp_path / "a.safetensors", docs, weights if weighted else None)
-    packs = PackedDataset(tmp_path / "a.safetensors", context=context)
-    samples = [packs[i] for i in range(len(packs))]
-    assert all(len(sample.input_ids) == context for sample in samples[:-1])
-    assert torch.equal(torch.cat([s.input_ids for s in samples]), torch.cat(docs))
-    expected = torch.cat(weights) if weighted else torch.ones(30)
-    assert torch.equal(torch.cat([s.loss_weight for s in samples]), expected)
-    assert samples[0].input_ids.dtype == torch.int64 and samples[0].loss_weight.dtype == torch.float32
-
-
-def test_documents_of_a_pack_keep_their_edges(tmp_path: Path) -> None:
-    docs = documents([3, 9, 0, 1, 1, 16])  # edges at 0, 3, 12, 12, 13, 14, 30
-    write_packed(tmp_path / "a.safetensors", docs)
-    packs = PackedDataset(tmp_path / "a.safetensors", context=13)
-    assert [packs[i].cu_seqlens.tolist() for i in range(len(packs))] == [[0, 3, 12, 13], [0, 1, 13], [0, 4]]
-    parts = packs[0].documents()
-    assert [part.input_ids.tolist() for part in parts] == [docs[i].tolist() for i in (0, 1, 3)]
-    assert [part.cu_seqlens.tolist() for part in parts] == [[0, 3], [0, 9], [0, 1]]
-    assert all(len(part.loss_weight) == len(part.input_ids) for part in parts)
-
-
-@pytest.mark.parametrize(
-    ("tensors", "reason"),
-    [
-        ({"tokens": torch.zeros(3)}, r"has \['tokens'\], not tokens and cu_seqlens"),
-        ({"tokens": torch.zeros(3), "cu_seqlens": torch.tensor([0, 4])}, "from 0 to 4 for 3 tokens"),
-    ],
-)
-def test_a_bad_packed_file_is_named(tmp_path: Path, tensors: dict[str, torch.Tensor], reason: str) -> None:
-    path = tmp_path / "bad.safetensors"
-    save_file(tensors, path)
-    with pytest.raises(SampleError, match=f"{path}: .*{reason}"):
-        PackedDataset(path, context=4)
-    truncate(path, keep=0.5)
-    with pytest.raises(SampleError, match=f"{path}: not a safetensors file, or truncated"):
-        PackedDataset(path, context=4)
-
-
-def test_weights_that_do_not_match_the_tokens_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="3 weights for 4 tokens"):
-        write_packed(tmp_path / "a.safetensors", documents([4]), [torch.ones(3)])
-
-
-def test_each_epoch_has_every_sample_once_in_an_order_of_its_own() -> None:
-    whole = order(7, 5, 0, 21)
-    epochs = [whole[0:7], whole[7:14], whole[14:21]]
-    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert whole != order(7, 6, 0, 21)
-
-
-def test_the_order_depends_on_the_place_alone() -> None:
-    whole = order(5, 0, 0, 30)
-    for consumed in range(25):
-        assert order(5, 0, consumed, 5) == whole[consumed : consumed + 5]
-    assert order(5, 0, 3, 0) == []
+def test_the_run_says_how_samples_are_read(tmp_path: Path, start: Path, conversations: Path) -> None:
+    fields = {"num_frames": 5, "max_fps": 2.0, "context": 77}
+    found = settings_of(run_config(start, conversations, tmp_path, **fields), start)
+    model = ModelConfig.load(start)
+    told = {"tokens_per_frame": model.tokens_per_frame, "newline_token_id": model.newline_token_id}
+    assert {name: found[name] for name in fields | told} == fields | told

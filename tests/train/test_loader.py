@@ -112,6 +112,32 @@ def test_packed_documents_stay_apart(packed: Path) -> None:
     assert data.total_weight == 120 - 8
 
 
+def test_a_step_says_how_long_it_waited_for_its_data(
+    start: Path, conversations: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that goes on by a second with each sample read."""
+    dataset = Watched(start, conversations)
+    monkeypatch.setattr("time.perf_counter", lambda: float(len(dataset.read)))
+    loader = make_loader(dataset, Mesh(alone=True), steps=3, batch_size=2)
+    assert loader.load(0).waited == 2
+    assert loader.ahead is not None
+    loader.ahead[1].result()
+    assert loader.load(2).waited == 0  # read ahead
+    loader.close()
+
+
+def test_workers_change_nothing_wherever_a_run_goes_on(start: Path, conversations: Path) -> None:
+    mesh, steps = Mesh(alone=True), {}
+    for workers in (0, 2):
+        loader = make_loader(Watched(start, conversations), mesh, steps=4, batch_size=2, workers=workers)
+        steps[workers] = [loader.load(consumed) for consumed in (0, 2, 6, 4)]  # 6 is read anew, as after a restart
+        loader.close()
+    for plain, decoded in zip(steps[0], steps[2], strict=True):
+        [(batch, pixels)], [(same_batch, same_pixels)] = plain.batches, decoded.batches
+        assert torch.equal(batch.input_ids, same_batch.input_ids) and torch.equal(pixels, same_pixels)
+    assert sum(data.num_frames for data in steps[0]) >= 19  # each of six rows
+
+
 def load_bad(rank: int, start: Path, rows: Path, mesh: Mesh, lost: int, **fields: Any) -> list[Any]:
     """How 3 steps end: the error's text, or how many samples were left out, should be, and if the others are there."""
     dataset, ends = Watched(start, rows, lost), []
