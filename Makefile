@@ -1,6 +1,7 @@
 # make test: install, lint, types, tests.   make slow: the tests that take longer.   make demo: the whole system here.
 # make gpu: what needs a GPU: ranks that share one, over NCCL.
-# make newest: what the newest Triton makes of all kernels, in an environment of its own.
+# make newest: what the newest Triton makes of all kernels.   make oldest: the oldest Transformers. In environments of
+# their own.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,8 +9,11 @@ INSTALLED := $(VENV)/.installed
 TRITON ?= 3.6.0# the PyTorch on PyPI pins one of its own: make test TRITON=3.7.1 for 2.13
 NEWEST := .venv-newest
 NEWEST_TRITON := 3.9.0
+OLDEST := .venv-oldest
+OLDEST_TRANSFORMERS := 5.5.0
+OF_TRANSFORMERS := $(addprefix tests/model/test_,vision.py language.py chat.py official.py huggingface.py huggingface_vision.py)
 
-.PHONY: test slow gpu lint demo newest clean
+.PHONY: test slow gpu lint demo newest oldest clean
 
 test: lint
 	$(BIN)/pytest -q -m "not slow"
@@ -37,6 +41,16 @@ $(NEWEST)/.installed: $(INSTALLED)
 	$(NEWEST)/bin/pip install --quiet --constraint constraints.txt --editable . triton==$(NEWEST_TRITON)
 	@touch $@
 
+oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/pytest -q $(OF_TRANSFORMERS)
+
+$(OLDEST)/.installed: $(INSTALLED)
+	$(PYTHON) -m venv $(OLDEST)
+	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt --editable . pytest hypothesis \
+		triton==$(TRITON) transformers==$(OLDEST_TRANSFORMERS)
+	@touch $@
+
 $(INSTALLED): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "longtake needs Python 3.11 or later: '$(PYTHON)' not found (make PYTHON=/path/to/python)" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "longtake needs Python 3.11 or later, found %d.%d (make PYTHON=/path/to/python)" % v[:2])'
@@ -46,4 +60,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST) build *.egg-info runs
+	rm -rf $(VENV) $(NEWEST) $(OLDEST) build *.egg-info runs

@@ -21,10 +21,10 @@ from ..kernels.visibility import Visibility, mask_bounds
 from ..model.attention_plan import plan_attention
 from ..model.batch import Document, packed_frame_starts
 from ..model.features import route_frames
+from ..model.merge import merge_partials
 from ..model.ring import ring_attention
 from ..model.ulysses import HeadSplit, pick_heads, to_heads, to_tokens
 from ..model.vlm import VisionLanguageModel
-from ..model.merge import merge_partials
 from .sampling import sample
 
 ReadFrames = Callable[[int, int], Tensor]
