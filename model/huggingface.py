@@ -66,7 +66,7 @@ def enable(
     - generate() prefills on all ranks, keeps an even cache (each rank its heads of its tokens) and gives every rank the
       same tokens; seed all ranks alike before sampling.
 
-    Enable first, wrap then (DDP, FSDP, PEFT). layout, route: as in `longtake.model.batch.shard_documents`.
+    Enable first, wrap then (DDP, FSDP). layout, route: as in `longtake.model.batch.shard_documents`.
     Raises ValueError for a model whose attention we do not do, an unknown layout, and a model enabled before.
     """
     if hasattr(model, KEPT):

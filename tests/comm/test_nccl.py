@@ -14,7 +14,7 @@ from longtake.comm.nccl import NcclTransport
 
 from tests.comm import fake_nccl
 from tests.comm.fake_nccl import DeadlockError, FakeCuda, FakeNccl, World, run_threads
-from tests.comm.test_torch_transport import message, num_bytes
+from tests.comm.test_torch_transport import deliver
 from tests.comm.thread_mesh import ThreadMesh
 
 lazily_and_eagerly = pytest.mark.parametrize("lazy", [True, False])
@@ -23,16 +23,7 @@ lazily_and_eagerly = pytest.mark.parametrize("lazy", [True, False])
 def all_to_all(rank: int, world: World) -> None:
     mesh = ThreadMesh(rank, world, ring=2, ulysses=2)
     before = mesh.nccl.num_groups
-    for axis in AXES:
-        peers = mesh.axis_ranks(axis)
-        send = [message(rank, peer, axis) for peer in peers]
-        expected = [message(peer, rank, axis) for peer in peers]
-        recv = [[torch.full_like(tensor, 1) for tensor in tensors] for tensors in expected]
-        mesh.transport.all_to_all(axis, send, recv)
-        for got, want in zip(recv, expected, strict=True):
-            assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
-        leaving = sum(num_bytes(tensors) for peer, tensors in zip(peers, send, strict=True) if peer != rank)
-        assert mesh.transport.bytes_sent[axis] == leaving
+    deliver(mesh)
     assert mesh.nccl.num_groups - before <= len(AXES) - 1  # one for all peers; none where nothing travels
 
 

@@ -4,10 +4,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from longtake.comm.mesh import Mesh
+from longtake.comm.mesh import AXES, Mesh
 from torch import Tensor
 
 from tests.ranks import run_ranks
@@ -29,18 +30,22 @@ def num_bytes(tensors: list[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def all_to_all(rank: int) -> None:
-    mesh = Mesh(ring=2, ulysses=2)
-    for axis in ("sp", "ring", "ulysses", "world", "data"):
+def deliver(mesh: Any) -> None:
+    """An all-to-all along every axis: what arrives, and the bytes that are counted."""
+    for axis in AXES:
         peers = mesh.axis_ranks(axis)
-        send = [message(rank, peer, axis) for peer in peers]
-        expected = [message(peer, rank, axis) for peer in peers]
+        send = [message(mesh.rank, peer, axis) for peer in peers]
+        expected = [message(peer, mesh.rank, axis) for peer in peers]
         recv = [[torch.full_like(tensor, 1) for tensor in tensors] for tensors in expected]
         mesh.transport.all_to_all(axis, send, recv)
         for got, want in zip(recv, expected, strict=True):
             assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
-        leaving = sum(num_bytes(tensors) for peer, tensors in zip(peers, send, strict=True) if peer != rank)
+        leaving = sum(num_bytes(tensors) for peer, tensors in zip(peers, send, strict=True) if peer != mesh.rank)
         assert mesh.transport.bytes_sent[axis] == leaving
+
+
+def all_to_all(rank: int) -> None:
+    deliver(Mesh(ring=2, ulysses=2))
 
 
 def test_all_to_all_delivers_uneven_lists_and_counts_what_leaves() -> None:
@@ -102,7 +107,7 @@ FAILING = """
 import os, signal, sys, time
 from datetime import timedelta
 import torch, torch.distributed as dist
-from longtake.comm.mesh import Mesh
+from longtake.comm.mesh import AXES, Mesh
 
 rank, store, how = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=3, timeout=timedelta(seconds=60))
