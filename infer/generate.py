@@ -5,15 +5,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..comm.launch import launch
 from ..comm.mesh import Mesh
-from ..model.chat import Kind, encode_prompt, load_tokenizer
-from ..model.checkpoint import latest, load_model
-from ..model.config import ModelConfig
+from ..model.chat import Kind, encode_prompt
+from ..model.checkpoint import latest, load_model, open_checkpoint
 from ..model.media import probe, read_frames, sample_frames
+from ..model.official_config import is_official
 from ..model.vlm import VisionLanguageModel, no_pixels
 from .engine import Engine
 
@@ -56,16 +57,19 @@ def add_grid(parser: argparse.ArgumentParser) -> None:
 
 def check_files(checkpoint: Path, video: Path | None) -> None:
     """Raises ValueError, before any rank starts, for what is no checkpoint and a video that cannot be read."""
-    latest(checkpoint)
+    if not is_official(checkpoint):
+        latest(checkpoint)
     if video is not None:
         probe(video)
 
 
 def load_engine(checkpoint: Path, mesh: Mesh) -> tuple[Engine, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a checkpoint folder, ready on this rank's device."""
-    model = VisionLanguageModel(ModelConfig.load(checkpoint))
-    load_model(checkpoint, model)
-    return Engine(model.to(mesh.device), mesh), load_tokenizer(checkpoint)
+    """Model and tokenizer of a checkpoint folder, read straight onto this rank's device."""
+    config, tokenizer = open_checkpoint(checkpoint)
+    with torch.device("meta"):
+        model = VisionLanguageModel(config)
+    load_model(checkpoint, model.to_empty(device=mesh.device))
+    return Engine(model, mesh), tokenizer
 
 
 def run(request: Request) -> None:

@@ -18,6 +18,7 @@ from ..kernels.device import to_device
 from ..kernels.visibility import Visibility, mask_bounds
 
 Route = Literal["direct", "relay"]
+Bounds = tuple[Tensor, Tensor]  # lo, hi: int64 [n] each, non-decreasing: see kernels.visibility
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,7 @@ def plan_attention(
     causal: bool = False,
     window: int | None = None,
     cu_seqlens: Tensor | None = None,
+    bounds: Sequence[Bounds] | None = None,
     route: Route = "direct",
     backend: str | None = None,
     deterministic: bool = True,
@@ -53,7 +55,9 @@ def plan_attention(
     """Plan attention over a sequence of num_tokens, from who holds what.
 
     queries: global positions (int64, increasing) of each rank of the group, sp_size of them; keys: those that each
-    ring rank holds, ring of them. Raises ValueError where they are not as many, or the route is unknown.
+    ring rank holds, ring of them. bounds: the first and the last position that each query sees, for each rank as in
+    queries; in place of causal, window and cu_seqlens. Raises ValueError where there are not as many, bounds fall from
+    one query of a ring rank to the next, or the route is unknown.
     """
     if (len(queries), len(keys)) != (mesh.sp_size, mesh.ring):
         raise ValueError(
@@ -65,16 +69,20 @@ def plan_attention(
     if mesh.ring == 1:
         route = "direct"  # nobody to relay to
     ring, me, group = range(mesh.ring), mesh.ring_rank, mesh.ulysses
-    parts = [torch.cat(list(queries[r * group : (r + 1) * group])) for r in ring]
-    bounds = [
-        mask_bounds(part, num_tokens=num_tokens, causal=causal, window=window, cu_seqlens=cu_seqlens) for part in parts
-    ]
+    if bounds is None:
+        bounds = [
+            mask_bounds(part, num_tokens=num_tokens, causal=causal, window=window, cu_seqlens=cu_seqlens)
+            for part in queries
+        ]
+    if len(bounds) != mesh.sp_size:
+        raise ValueError(f"bounds are those of {len(bounds)} ranks, queries of {len(queries)}: give them for each rank")
+    seen = [_join(bounds[r * group : (r + 1) * group]) for r in ring]
     if route == "direct":
-        needed = [[_seen_rows(bounds[i], keys[j]) if me in (i, j) else _NOTHING for j in ring] for i in ring]
+        needed = [[_seen_rows(seen[i], keys[j]) if me in (i, j) else _NOTHING for j in ring] for i in ring]
         steps = direct(needed, me)
     else:
         steps = relay([len(part) for part in keys], me)
-    masks = [Visibility.from_bounds(*bounds[me], take(keys[step.source], step.rows)) for step in steps]
+    masks = [Visibility.from_bounds(*seen[me], take(keys[step.source], step.rows)) for step in steps]
     return AttentionPlan(
         mesh,
         route,
@@ -95,7 +103,18 @@ def holdings(layout: Layout) -> tuple[list[Tensor], list[Tensor]]:
 _NOTHING = torch.empty(0, dtype=torch.int64)
 
 
-def _seen_rows(bounds: tuple[Tensor, Tensor], keys: Tensor) -> Tensor:
+def _join(bounds: Sequence[Bounds]) -> Bounds:
+    """The bounds of all queries of one ring rank."""
+    lo, hi = (torch.cat(list(edges)) for edges in zip(*bounds, strict=True))
+    for name, edge in (("lo", lo), ("hi", hi)):
+        falls = (edge.diff() < 0).nonzero()
+        if len(falls):
+            before, after = edge[int(falls[0]) :][:2].tolist()
+            raise ValueError(f"bounds must not fall from query to query, got {name} {after} after {before}")
+    return lo, hi
+
+
+def _seen_rows(bounds: Bounds, keys: Tensor) -> Tensor:
     visibility = Visibility.from_bounds(*bounds, keys)
     return (visibility.kend > visibility.kstart).nonzero().flatten()
 

@@ -1,11 +1,12 @@
 """Sharded checkpoints with torch.distributed.checkpoint, that load at any world size.
 
 A checkpoint folder holds config.json, the tokenizer, and step-N/ folders of shards. A folder under its final name
-is complete: it is written as step-N.part and renamed.
+is complete: it is written as step-N.part and renamed. What starts from a checkpoint reads official ones as well.
 """
 
 import shutil
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from transformers import PreTrainedTokenizerBase
 
 from ..comm.mesh import Mesh
+from .chat import load_tokenizer
+from .config import ModelConfig
+from .official import fill_from_official, official_tokenizer
+from .official_config import is_official, official_config
+from .vlm import VisionLanguageModel
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,15 @@ def latest(folder: Path) -> Path:
     if not (folder / "config.json").is_file() or not steps:
         raise ValueError(f"{folder} is not a checkpoint: expected config.json and a step-N folder in it")
     return steps[-1]
+
+
+def open_checkpoint(folder: Path) -> tuple[ModelConfig, PreTrainedTokenizerBase]:
+    """Config and tokenizer of a checkpoint folder, ours or an official one. Raises ValueError for what is neither."""
+    if is_official(folder):
+        tokenizer = official_tokenizer(folder)
+        return official_config(folder, tokenizer), tokenizer
+    latest(folder)  # before anything looks for its own files in a folder that is no checkpoint
+    return ModelConfig.load(folder), load_tokenizer(folder)
 
 
 def save(
@@ -76,18 +92,26 @@ def save(
     return final
 
 
-def load_model(folder: Path, model: nn.Module, mesh: Mesh | None = None) -> None:
-    """Fill the model's parameters from the newest checkpoint in `folder`, written at any world size.
+def load_model(
+    folder: Path, model: VisionLanguageModel, mesh: Mesh | None = None, *, new: Collection[str] = ()
+) -> None:
+    """Fill the model's parameters from a checkpoint folder: an official one, or the newest step of ours.
 
+    What a rank holds of FSDP2's shards (DTensor) is filled in place; beside it there are two stored tensors at most,
+    whole ones where one rank wrote them.
+    new: names of parameters that the checkpoint does not have, which stay as they are.
     Raises ValueError where the checkpoint is of a model with other parameters, as in the middle of low-rank training.
     """
-    path = latest(folder)
-    state = {"model": get_model_state_dict(model)}
+    if is_official(folder):
+        fill_from_official(folder, model, new=new)
+        return
+    path, parameters = latest(folder), get_model_state_dict(model)
+    state = {"model": {name: parameter for name, parameter in parameters.items() if name not in new}}
     written = {key for key in FileSystemReader(path).read_metadata().state_dict_metadata if key.startswith("model.")}
     if others := sorted(written ^ {f"model.{name}" for name in state["model"]}):
         raise ValueError(f"{path} is of another model, or of an unfinished low-rank stage: {others[0]} does not match")
     _dcp_call(load, state, path, mesh)
-    set_model_state_dict(model, state["model"])
+    set_model_state_dict(model, parameters | state["model"])
 
 
 def resume(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh) -> Progress:

@@ -7,7 +7,9 @@
 Importing this module registers attn_implementation="longtake" with Transformers, for one device: its one effect.
 """
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
@@ -19,7 +21,7 @@ from ..comm.mesh import Mesh
 from ..kernels.device import to_device
 from .attention_plan import Route
 from .batch import LAYOUTS
-from .huggingface_attention import longtake_attention, longtake_mask
+from .huggingface_attention import KeyIntervals, longtake_attention, longtake_mask
 from .huggingface_cache import EvenCache
 from .huggingface_loss import LabelledTokens, shift, sum_gradients, sum_over_ranks
 from .huggingface_share import SharedTokens, Tokens, TokenShare
@@ -51,9 +53,9 @@ def enable(
 
     Every rank of a sequence-parallel group calls the model with the same whole batch: input_ids, labels,
     attention_mask, position_ids [B, S], pixels. Any length, padding on either side, rows of packed documents
-    (position_ids that restart, no attention_mask). An image is encoded by one rank, and its features go to the owners
-    of their tokens. Up to the decoder, embeddings [B, S, C] are whole on each rank: there Transformers puts features
-    among them.
+    (position_ids that restart, no attention_mask), image tokens that see each other both ways (Gemma 3). An image is
+    encoded by one rank, and its features go to the owners of their tokens. Up to the decoder, embeddings [B, S, C] are
+    whole on each rank: there Transformers puts features among them.
 
     - With labels, the loss is that of the whole batch, the same on every rank: the mean over its labels, or
       their sum over num_items_in_batch. Labels of padding do not count. Only this rank's tokens that bear a loss reach
@@ -135,11 +137,11 @@ class _SequenceParallel:
         self.loss_function = model.__dict__.get("_loss_function")
         model.loss_function = self.loss
         decoder = _decoder(model)
+        self.forward = model.__dict__.get("forward")
+        model.forward = self._around(model.forward)
         self.handles = [
-            model.register_forward_pre_hook(self.read_arguments, with_kwargs=True),
             decoder.register_forward_pre_hook(self.shard, with_kwargs=True),
             decoder.register_forward_hook(self.collect, with_kwargs=True),
-            model.register_forward_hook(self.finish),
         ]
         self.vision = VisionShare(model, mesh, self)
 
@@ -149,18 +151,31 @@ class _SequenceParallel:
         self.vision.remove()
         for config, implementation in self.implementations:
             config._attn_implementation = implementation
-        del self.model._loss_function
+        del self.model._loss_function, self.model.forward
+        if self.forward is not None:
+            self.model.forward = self.forward
         if self.loss_function is not None:
             self.model.loss_function = self.loss_function
 
-    def read_arguments(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The model's forward() between the two below, by no hooks: what wraps a model (PEFT) may go past them."""
+
+        @functools.wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.read_arguments(inspect.signature(forward).bind_partial(*args, **kwargs).arguments)
+            output = forward(*args, **kwargs)
+            self.finish()
+            return output
+
+        return run
+
+    def read_arguments(self, named: dict[str, Any]) -> None:
         """Labels, and how many columns of logits are wanted."""
-        named = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
         self.arguments, self.labelled, self.promised = named | named.get("kwargs", {}), None, None
         if self.arguments.get("labels") is not None and _columns(self.arguments) is not None:
             raise ValueError("labels and logits_to_keep do not go together: leave out logits_to_keep")
 
-    def finish(self, *call: Any) -> None:
+    def finish(self) -> None:
         """After the model: a loss that it took by itself would be of wrong logits."""
         if self.labelled is not None:
             raise ValueError(
@@ -177,23 +192,20 @@ class _SequenceParallel:
         num_seen = 0 if cache is None else cache.num_columns
         x_name = "input_ids" if named.get("input_ids") is not None else "inputs_embeds"
         (batch, seq), device = named[x_name].shape[:2], named[x_name].device
-        padding, positions = named.get("attention_mask"), named.get("position_ids")
-        if padding is not None and not (isinstance(padding, Tensor) and padding.dim() == 2):
-            raise ValueError(
-                f"{type(decoder).__name__} got a mask that is no padding mask [batch, seq], but a {type(padding)}: "
-                "blocks that look both ways, and masks of one's own, do not go over ranks"
-            )
+        mask, positions = named.get("attention_mask"), named.get("position_ids")
+        batch_masks = isinstance(mask, dict)  # by type of layer: made before the decoder, as Gemma 3 does
+        padding = _padding(self.arguments.get("attention_mask", mask) if batch_masks else mask, num_seen + seq)
         tokens = Tokens.of(batch, seq, padding=padding, position_ids=_text_positions(positions), num_seen=num_seen)
         if positions is None:
             positions = torch.arange(num_seen, num_seen + seq, device=device)[None]
-        share = self._share(tokens, cache)
+        share = self._share(tokens, cache, batch_masks)
         self._check_promise(share)
         if named.get("visual_pos_masks") is not None:
             named |= share.take_visual(named["visual_pos_masks"], named["deepstack_visual_embeds"])
         named |= {
             x_name: share.take(named[x_name]),
             "position_ids": share.take_positions(positions),
-            "attention_mask": None,
+            "attention_mask": mask if batch_masks else None,
             "use_cache": cache is not None,
             cache_name: cache,
             "token_share": share,
@@ -225,15 +237,15 @@ class _SequenceParallel:
         training = torch.is_grad_enabled() or self.arguments.get("labels") is not None
         return name, EvenCache(self.mesh) if given is not None or (wanted and not training) else None
 
-    def _share(self, tokens: Tokens, cache: EvenCache | None) -> TokenShare | SharedTokens:
+    def _share(self, tokens: Tokens, cache: EvenCache | None, batch_masks: bool) -> TokenShare | SharedTokens:
         layout = self._deal(tokens, cache)
         if layout is not None:
-            return TokenShare(tokens, layout, self.mesh, route=self.route, cache=cache)
+            return TokenShare(tokens, layout, self.mesh, batch_masks=batch_masks, route=self.route, cache=cache)
         if cache is None:
             raise ValueError(
                 f"{len(tokens.flat)} tokens leave one of {self.mesh.sp_size} ranks without any: pass longer ones"
             )
-        return SharedTokens(tokens, self.mesh, cache)
+        return SharedTokens(tokens, self.mesh, cache, batch_masks=batch_masks)
 
     def _deal(self, tokens: Tokens, cache: EvenCache | None) -> Layout | None:
         """The layout of a pass; None: so few tokens that every rank runs them all."""
@@ -248,11 +260,12 @@ class _SequenceParallel:
         if input_ids is None or token is None:
             return None
         cache = next((self.arguments[name] for name in CACHE_NAMES if name in self.arguments), None)
+        num_seen = 0 if cache is None else cache.get_seq_length()
         tokens = Tokens.of(
             *input_ids.shape,
-            padding=self.arguments.get("attention_mask"),
+            padding=_padding(self.arguments.get("attention_mask"), num_seen + input_ids.shape[1]),
             position_ids=_text_positions(self.arguments.get("position_ids")),
-            num_seen=0 if cache is None else cache.get_seq_length(),
+            num_seen=num_seen,
         )
         layout = self._deal(tokens, cache if isinstance(cache, EvenCache) else None)
         if layout is None:
@@ -300,6 +313,21 @@ def _columns(arguments: dict[str, Any]) -> int | None:
     """How many of the last columns have logits; None: all."""
     keep = arguments.get("logits_to_keep", 0)
     return keep if isinstance(keep, int) and keep > 0 else None
+
+
+def _padding(mask: Any, num_columns: int) -> Tensor | None:
+    """The padding mask [batch, num_columns] in what was passed as attention_mask: that one, or the whole batch's masks
+    by type of layer. None: no padding. Raises ValueError for a mask of another kind."""
+    if isinstance(mask, dict) and all(x is None or isinstance(x, KeyIntervals) for x in mask.values()):
+        mask = next((x.padding for x in mask.values() if x is not None and x.padding is not None), None)
+    if mask is None:
+        return None
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask[:, :num_columns]
+    raise ValueError(
+        f"attention_mask is no padding mask [batch, seq], but a {type(mask).__name__}: masks of one's own do not go "
+        "over ranks"
+    )
 
 
 def _text_positions(position_ids: Tensor | None) -> Tensor | None:

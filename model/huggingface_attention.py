@@ -30,7 +30,9 @@ UNSUPPORTED = {  # by the name under which Transformers passes it
 class Share(Protocol):
     """This rank's part in a forward pass of all ranks of a group."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, mask: "KeyIntervals | None", scale: float
+    ) -> Tensor:
         """Causal attention of this rank's tokens; q, k, v [T, heads, D] of its tokens; returns [T, heads, D]."""
         ...
 
@@ -68,14 +70,15 @@ class KeyIntervals:
         return AttentionPlan(alone, "direct", (self.batch * self.num_queries,), steps, (self._visibility(),))
 
     def _visibility(self) -> Visibility:
-        first, last = self._edges()
+        first, last = self.edges
         row_start = torch.arange(self.batch, device=self.device)[:, None] * self.num_keys - self.key_offset
         before = self._is_token.flatten().cumsum(0)
         before = torch.cat([before.new_zeros(1), before])  # [i]: tokens among the keys before key i
         start, end = before[row_start + first], before[row_start + last + 1]
         return Visibility(start.flatten().int(), end.flatten().int(), self._num_kept)
 
-    def _edges(self) -> tuple[Tensor, Tensor]:
+    @cached_property
+    def edges(self) -> tuple[Tensor, Tensor]:
         """Places of the first and the last visible key, int64 [batch, num_queries], padding not looked at."""
         row = torch.arange(self.batch, device=self.device)[:, None].expand(-1, self.num_queries)
         query = (torch.arange(self.num_queries, device=self.device) + self.query_offset).expand(self.batch, -1)
@@ -178,8 +181,9 @@ def longtake_attention(
     check_shapes(q, k, v)
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     if token_share is not None:
-        window = None if attention_mask is None else attention_mask.window
-        rows = token_share.attend(module.layer_idx, *(x.flatten(0, 1) for x in (q, k, v)), window=window, scale=scale)
+        rows = token_share.attend(
+            module.layer_idx, *(x.flatten(0, 1) for x in (q, k, v)), mask=attention_mask, scale=scale
+        )
         return rows.unflatten(0, q.shape[:2]), None
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

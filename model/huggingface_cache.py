@@ -67,9 +67,9 @@ class EvenCache(Cache):
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return self.num_columns
 
-    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """Masks are planned elsewhere: this one is plain."""
-        return 1, self.num_columns
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Columns that the next query_length ones see, and the first of them, on all ranks together."""
+        return self.num_columns + query_length, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1

@@ -4,6 +4,7 @@ A batch's rows are laid end to end without their padding, and a layout deals out
 nowhere, and rows and packed documents are the same thing, documents.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +17,8 @@ from ..comm.mesh import Mesh
 from ..kernels.backend import block_forward
 from ..kernels.device import to_device
 from ..kernels.visibility import Visibility, mask_bounds
-from .attention_plan import AttentionPlan, Route, plan_attention
+from .attention_plan import AttentionPlan, Bounds, Route, plan_attention
+from .huggingface_attention import KeyIntervals
 from .huggingface_cache import EvenCache
 from .merge import merge_partials
 from .ring import ring_attention
@@ -65,12 +67,40 @@ class Tokens:
 
 
 class _Pass:
-    """A forward pass. mine: int64 [n], on the device: places in the flattened batch of the tokens that run here."""
+    """A forward pass. mine: int64 [n], on the device: places in the flattened batch of the tokens that run here.
 
-    def __init__(self, tokens: Tokens, mesh: Mesh, flat: Tensor) -> None:
-        self.tokens, self.mesh = tokens, mesh
+    batch_masks: the layers' masks are those of the whole batch. Else the decoder makes them, of the tokens that run
+    here: then they say no more than a layer's window.
+    """
+
+    def __init__(self, tokens: Tokens, mesh: Mesh, flat: Tensor, batch_masks: bool) -> None:
+        self.tokens, self.mesh, self.batch_masks = tokens, mesh, batch_masks
         self.mine = to_device(flat, mesh.device)
         self.has_attended = False
+
+    def mask_key(self, mask: KeyIntervals | None) -> KeyIntervals | int | None:
+        """What layers with the same mask have in common."""
+        return mask if mask is None or self.batch_masks else mask.window
+
+    def bounds(self, mask: KeyIntervals | None) -> Bounds:
+        """Slots of the first and the last key that each token of the batch sees, int64 [T]."""
+        tokens = self.tokens
+        if mask is not None and self.batch_masks:
+            first, last = (edge.flatten().cpu()[tokens.flat] for edge in mask.edges)
+            row_start = tokens.flat // tokens.seq * ROW
+            return row_start + first, row_start + last
+        if mask is not None and not mask.checked:
+            raise ValueError(
+                "the decoder's masks have a part of its own, which it makes of one rank's tokens: longtake does not do "
+                "that across ranks"
+            )
+        return mask_bounds(
+            tokens.slots,
+            num_tokens=tokens.batch * ROW,
+            causal=True,
+            window=None if mask is None else mask.window,
+            cu_seqlens=tokens.cu_seqlens,
+        )
 
     def take(self, x: Tensor) -> Tensor:
         """This rank's tokens [1, n, ...] of x [batch, seq, ...]."""
@@ -93,40 +123,47 @@ class TokenShare(_Pass):
     """A pass in which each rank of the group runs the tokens that the layout gives it."""
 
     def __init__(
-        self, tokens: Tokens, layout: Layout, mesh: Mesh, *, route: Route = "direct", cache: EvenCache | None = None
+        self,
+        tokens: Tokens,
+        layout: Layout,
+        mesh: Mesh,
+        *,
+        batch_masks: bool = False,
+        route: Route = "direct",
+        cache: EvenCache | None = None,
     ) -> None:
-        super().__init__(tokens, mesh, tokens.flat[layout.positions(mesh.sp_rank)])
+        super().__init__(tokens, mesh, tokens.flat[layout.positions(mesh.sp_rank)], batch_masks)
         self.layout, self.cache = layout, cache
         self.route: Route = route
-        self._plans: dict[int | None, AttentionPlan] = {}
+        self._plans: dict[Hashable, AttentionPlan] = {}
         self._held = [tokens.slots[layout.ring_part(r)] for r in range(mesh.ring)]
         if cache is not None:
             cache.grow(self._held, tokens.seq)
             self._held = list(cache.parts)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, mask: KeyIntervals | None, scale: float) -> Tensor:
         """2D attention of this rank's tokens: q [n, Hq, D], k, v [n, Hkv, D]; returns [n, Hq, D]."""
         self.has_attended = True
-        heads, plan = HeadSplit(q.shape[1], k.shape[1], self.mesh.ulysses), self._plan(window)
+        heads, plan = HeadSplit(q.shape[1], k.shape[1], self.mesh.ulysses), self._plan(mask)
         q, k, v = to_heads(q, k, v, heads=heads, plan=plan)
         if self.cache is not None:
             k, v = self.cache.append(layer, k, v)
         return to_tokens(ring_attention(q, k, v, plan, scale=scale), heads=heads, plan=plan)
 
-    def _plan(self, window: int | None) -> AttentionPlan:
-        if window not in self._plans:
-            tokens, mesh = self.tokens, self.mesh
-            self._plans[window] = plan_attention(
-                mesh,
-                [tokens.slots[self.layout.positions(rank)] for rank in range(mesh.sp_size)],
+    def _plan(self, mask: KeyIntervals | None) -> AttentionPlan:
+        key = self.mask_key(mask)
+        if key not in self._plans:
+            tokens, (lo, hi) = self.tokens, self.bounds(mask)
+            dealt = [self.layout.positions(rank) for rank in range(self.mesh.sp_size)]
+            self._plans[key] = plan_attention(
+                self.mesh,
+                [tokens.slots[index] for index in dealt],
                 self._held,
                 num_tokens=tokens.batch * ROW,
-                causal=True,
-                window=window,
-                cu_seqlens=tokens.cu_seqlens,
+                bounds=[(lo[index], hi[index]) for index in dealt],
                 route=self.route,
             )
-        return self._plans[window]
+        return self._plans[key]
 
     def gather(self, hidden: Tensor, last: int) -> Tensor:
         """The last columns [batch, last, C] of all ranks' hidden [1, n, C], on every rank; zeros for padding."""
@@ -145,31 +182,29 @@ class TokenShare(_Pass):
 class SharedTokens(_Pass):
     """A pass of few tokens, as in decoding: every rank runs them all, and only attention is shared out."""
 
-    def __init__(self, tokens: Tokens, mesh: Mesh, cache: EvenCache) -> None:
-        super().__init__(tokens, mesh, tokens.flat)
+    def __init__(self, tokens: Tokens, mesh: Mesh, cache: EvenCache, *, batch_masks: bool = False) -> None:
+        super().__init__(tokens, mesh, tokens.flat, batch_masks)
         self.cache = cache
         owner = tokens.slots % ROW // BLOCK % mesh.ring
         self._owned = to_device((owner == mesh.ring_rank).nonzero().squeeze(1), mesh.device)
-        self._visible: dict[int | None, Visibility] = {}
+        self._visible: dict[Hashable, Visibility] = {}
         cache.grow([tokens.slots[owner == r] for r in range(mesh.ring)], tokens.seq)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, mask: KeyIntervals | None, scale: float) -> Tensor:
         """Attention of all tokens with this rank's heads over its slots, merged over the ranks by lse."""
         self.has_attended = True
         mesh, heads = self.mesh, HeadSplit(q.shape[1], k.shape[1], self.mesh.ulysses)
         my_q, my_kv, expand = heads.q[mesh.ulysses_rank], heads.kv[mesh.ulysses_rank], heads.kv_of_q(mesh.ulysses_rank)
         k, v = self.cache.append(layer, *(pick_heads(x[self._owned, my_kv], expand) for x in (k, v)))
-        out, lse = block_forward(q[:, my_q].contiguous(), k, v, self._visibility(window), scale=scale)
+        out, lse = block_forward(q[:, my_q].contiguous(), k, v, self._visibility(mask), scale=scale)
         return merge_partials(out, lse, heads, mesh).to(q.dtype)
 
-    def _visibility(self, window: int | None) -> Visibility:
-        if window not in self._visible:
-            tokens, slots = self.tokens, self.cache.parts[self.mesh.ring_rank]
-            bounds = mask_bounds(
-                tokens.slots, num_tokens=tokens.batch * ROW, causal=True, window=window, cu_seqlens=tokens.cu_seqlens
-            )
-            self._visible[window] = Visibility.from_bounds(*bounds, slots).to(self.mesh.device)
-        return self._visible[window]
+    def _visibility(self, mask: KeyIntervals | None) -> Visibility:
+        key = self.mask_key(mask)
+        if key not in self._visible:
+            slots = self.cache.parts[self.mesh.ring_rank]
+            self._visible[key] = Visibility.from_bounds(*self.bounds(mask), slots).to(self.mesh.device)
+        return self._visible[key]
 
     def gather(self, hidden: Tensor, last: int) -> Tensor:
         """The last columns [batch, last, C] of hidden [1, n, C]; zeros for padding. Nothing travels."""

@@ -20,7 +20,7 @@ from .features import FrameRoute, to_owners
 
 # Families whose feature rows, in order, are their image tokens, and whose frames do not see each other in the encoder.
 # Others cut, pool or pack features after the projector.
-ROW_FOR_TOKEN = {"llava", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
+ROW_FOR_TOKEN = {"llava", "internvl", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
 
 # The attention of encoders that call it once for each frame or window, unless "flash" is in its name.
 ALL_WINDOWS = "longtake_flash"

@@ -32,8 +32,13 @@ def init(model: nn.Module, seed: int) -> None:
 
 
 def _fill(weight: Tensor, std: float, generator: torch.Generator) -> None:
-    values = torch.empty(weight.shape, dtype=torch.float32).normal_(0, std, generator=generator)
-    if isinstance(weight, DTensor):
-        # Each rank drew the same values: src_data_rank None cuts them without a scatter.
-        values = distribute_tensor(values.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
-    weight.copy_(values)
+    copy_whole(weight, torch.empty(weight.shape, dtype=torch.float32).normal_(0, std, generator=generator))
+
+
+@torch.no_grad()
+def copy_whole(parameter: Tensor, values: Tensor) -> None:
+    """Copy the values of a whole tensor, which every rank has, into a parameter, or into this rank's shard of one."""
+    if isinstance(parameter, DTensor):  # src_data_rank None cuts without a scatter
+        values = values.to(parameter.device)
+        values = distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(values)

@@ -8,7 +8,7 @@ are `num_video_frames` and `fps`, arguments of our commands, and `image_aspect_r
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,17 @@ def load_official(
     for name, parameter in model.named_parameters():
         stored[name].read_into(parameter)
     return model, tokenizer
+
+
+def fill_from_official(folder: Path, model: VisionLanguageModel, *, new: Collection[str] = ()) -> None:
+    """Fill the parameters of a model, whole or sharded, but for those called `new`.
+
+    Raises ValueError as `load_official`.
+    """
+    stored = _find_parameters(folder, model, new=new)
+    for name, parameter in model.named_parameters():
+        if name not in new:
+            stored[name].read_into(parameter)
 
 
 def official_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -123,10 +134,10 @@ class _Stored:
         return f"{self.files.file_of[self.key]}: {self.key}"
 
 
-def _find_parameters(folder: Path, model: VisionLanguageModel) -> dict[str, _Stored]:
+def _find_parameters(folder: Path, model: VisionLanguageModel, *, new: Collection[str] = ()) -> dict[str, _Stored]:
     """Where each parameter is. Raises ValueError for a tensor that is missing, left over or of another shape."""
     stored = {name: tensor for part in PARTS for name, tensor in _tensors_of(folder / part)}
-    wanted = dict(model.named_parameters())
+    wanted = {name: parameter for name, parameter in model.named_parameters() if name not in new}
     for name, parameter in wanted.items():
         if name not in stored:
             part, _, key = name.partition(".")

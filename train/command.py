@@ -12,7 +12,7 @@ from typing import Any, get_args
 from jsonargparse import ArgumentError, ArgumentParser
 
 from ..comm.launch import launch
-from ..model.config import ModelConfig
+from ..model.checkpoint import open_checkpoint
 from ..model.shapes import ShapeName, published_shape
 from .config import TrainConfig
 from .data import count_samples
@@ -102,7 +102,7 @@ def dry_run(config: TrainConfig, flags: Flags, world_size: int) -> str:
     if flags.shape is not None:
         name, model = f"{flags.shape}, {flags.image_size} pixels", published_shape(flags.shape, flags.image_size)
     elif (config.model / "config.json").is_file():
-        name, model = str(config.model), ModelConfig.load(config.model)
+        name, (model, _) = str(config.model), open_checkpoint(config.model)
     else:
         raise ValueError(
             f"{config.model} has no config.json: name a checkpoint with --model, or one of the published shapes with "

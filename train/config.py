@@ -28,7 +28,7 @@ class TrainConfig:
 
     Args:
         stage: 1 multimodal alignment, 2 pre-training, 3 short fine-tuning, 4 context extension, 5 long fine-tuning.
-        model: Checkpoint folder to start from.
+        model: Checkpoint folder to start from, ours or an official one.
         data: Conversations in the LLaVA format (JSON, JSONL, a .tar shard or a folder of them), for stage 4 a packed
             file (longtake pack); or a mixture of such, a .toml file.
         out: Folder for the checkpoints and the TensorBoard log.

@@ -34,13 +34,16 @@ class SequenceParallelTrainer(Trainer):
     - num_items_in_batch, logged losses, gradient norm, numbers of tokens, and predictions count each group once.
       With average_tokens_across_devices (the default), the loss is the mean over all tokens of a step.
     - A dataset, map-style or iterable, is read by every rank; it must give the same to all ranks of a group.
+    - A PEFT model trains too (peft_config of SFTTrainer, or get_peft_model before): what it wraps is enabled.
     - The loss is the model's own, in TRL's SFTTrainer too: TRL makes its own from whole sequences, and with it the
       token accuracy and entropy that it logs; they are not logged here, and loss_type is "nll".
 
     Tested on the CPU with gloo: under DDP, which Trainer takes there, and through accelerate's FSDP2, which accelerate
-    has on accelerators alone, switched on by hand. Neither was run on a GPU.
+    has on accelerators alone, switched on by hand. Neither was run on a GPU; PEFT's way of calling was tested, on a
+    stand-in for its models.
 
-    Raises ValueError for a mesh over other ranks than Trainer's, and for arguments that go past the model's loss.
+    Raises ValueError for a mesh over other ranks than Trainer's, a model that is not one of Transformers, and for
+    arguments that go past the model's loss.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class SequenceParallelTrainer(Trainer):
         self.mesh = mesh
         super().__init__(*args, **kwargs)
         self._check()
-        enable(cast(PreTrainedModel, self.model), mesh, layout=layout, route=route, gradients="mean")
+        enable(_base_model(self.model), mesh, layout=layout, route=route, gradients="mean")
 
     def _check(self) -> None:
         args, accelerator = self.args, self.accelerator
@@ -57,11 +60,6 @@ class SequenceParallelTrainer(Trainer):
             raise ValueError(
                 f"the mesh has {self.mesh.world_size} ranks, Trainer {args.world_size}: start it with torchrun, "
                 "and on the CPU with use_cpu=True"
-            )
-        if not isinstance(self.model, PreTrainedModel):
-            raise ValueError(
-                f"a {type(self.model).__name__} is no model of Transformers itself: PEFT's, for one, call forward() "
-                "past the hooks of the model inside"
             )
         refused = {
             "model_init": self.model_init is not None,
@@ -153,3 +151,13 @@ class SequenceParallelTrainer(Trainer):
         labels = unlabelled.pop("labels")
         _, logits, _ = Trainer.prediction_step(self, model, unlabelled, False, ignore_keys)
         return loss, logits, labels
+
+
+def _base_model(model: Any) -> PreTrainedModel:
+    """The model of Transformers: this one, or what PEFT wrapped."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(base, PreTrainedModel):
+        raise ValueError(
+            f"a {type(base).__name__} is no model of Transformers: pass a PreTrainedModel, or PEFT's of one"
+        )
+    return base

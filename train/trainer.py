@@ -18,16 +18,15 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..comm.mesh import Mesh
 from ..kernels.device import to_device
-from ..model.chat import load_tokenizer
-from ..model.checkpoint import Progress, complete_steps, latest, load_model, resume, save
+from ..model.checkpoint import Progress, complete_steps, load_model, open_checkpoint, resume, save
 from ..model.config import ModelConfig
-from ..model.low_rank import add_low_rank, merge_low_rank
+from ..model.low_rank import init_low_rank, low_rank_names, merge_low_rank
 from ..model.vlm import VisionLanguageModel
+from .budget import shaped_model
 from .config import TrainConfig
 from .data import open_data
 from .loader import StepData, StepLoader
 from .optimizer import build_optimizer, clip_gradients, set_learning_rate
-from .stages import freeze_for
 
 log = logging.getLogger(__name__)
 
@@ -138,9 +137,8 @@ class Trainer:
     def __init__(self, config: TrainConfig, mesh: Mesh, *, continue_run: bool = False) -> None:
         self.config, self.mesh = config, mesh
         self.ahead = int(mesh.device.type == "cuda")  # steps given to the device before one is waited for
-        latest(config.model)  # before anything looks for its own files in a folder that is no checkpoint
-        self.tokenizer = load_tokenizer(config.model)
-        self.model_config = _with_context(ModelConfig.load(config.model), config)
+        model_config, self.tokenizer = open_checkpoint(config.model)
+        self.model_config = _with_context(model_config, config)
         dataset = open_data(config, self.tokenizer, self.model_config)
         self.config = config = config.resolve(data=mesh.data, num_samples=len(dataset))
         self.model = self._build_model()
@@ -157,15 +155,14 @@ class Trainer:
         )
 
     def _build_model(self) -> VisionLanguageModel:
-        model = VisionLanguageModel(self.model_config)
-        load_model(self.config.model, model)
-        freeze_for(self.config.plan, model)
-        if self.config.rank_of_update:
-            rank = self.config.rank_of_update
-            add_low_rank(model.llm, rank=rank, alpha=2 * rank, seed=self.config.seed)
-        model.llm.recompute = model.vision_tower.recompute = self.config.recompute
-        model.to(self.mesh.device)
-        shard_parameters(model, self.mesh, self.config)
+        """Sharded before it has memory: this rank never holds the whole model, on the device or on the host."""
+        config, mesh = self.config, self.mesh
+        model = shaped_model(config, self.model_config)
+        shard_parameters(model, mesh, config)
+        model.to_empty(device=mesh.device)
+        load_model(config.model, model, mesh, new=low_rank_names(model))
+        init_low_rank(model, config.seed)
+        model.llm.recompute = model.vision_tower.recompute = config.recompute
         return model
 
     def run(self) -> list[StepLog]:

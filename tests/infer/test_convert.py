@@ -6,7 +6,7 @@ import pytest
 import torch
 from longtake.comm.mesh import Mesh
 from longtake.infer.convert import main
-from longtake.infer.generate import load_engine
+from longtake.infer.generate import check_files, load_engine
 from longtake.model.config import ModelConfig
 from longtake.model.official import load_official
 from torch import nn
@@ -35,6 +35,10 @@ def test_official_to_ours_and_back_is_bit_for_bit(tmp_path: Path, capsys: pytest
     assert its_tokenizer.chat_template == tokenizer.chat_template
     engine, _ = load_engine(ours, Mesh(alone=True))
     assert not differing(engine.model, expected.float())
+    check_files(official, None)
+    straight, its_tokenizer = load_engine(official, Mesh(alone=True))
+    assert not differing(straight.model, engine.model) and straight.model.config == engine.model.config
+    assert its_tokenizer.get_vocab() == tokenizer.get_vocab()
 
 
 def test_ours_to_official_and_back_is_bit_for_bit(tmp_path: Path) -> None:

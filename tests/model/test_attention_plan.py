@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from longtake.kernels.attention import attention
 from longtake.kernels.backend import block_forward
 from longtake.kernels.visibility import mask_bounds
 from longtake.model.attention_plan import AttentionPlan, holdings, plan_attention, take
+from torch import Tensor
 
 from tests.kernels.masks import dense
 
@@ -50,15 +52,48 @@ def plan_of(layout: Layout, ring_rank: int, route: str, mask: dict[str, Any]) ->
 @given(problems(), st.sampled_from(["direct", "relay"]))
 def test_each_visible_pair_is_visited_once_over_the_ring(problem: tuple[Layout, dict[str, Any]], route: str) -> None:
     layout, mask = problem
-    positions = torch.arange(layout.num_tokens)
-    lo, hi = mask_bounds(positions, num_tokens=layout.num_tokens, **mask)
+    lo, hi = mask_bounds(torch.arange(layout.num_tokens), num_tokens=layout.num_tokens, **mask)
+    assert torch.equal(visits(layout, route, mask), seen(lo, hi))
+
+
+@settings(deadline=None, max_examples=40)
+@given(problems(), st.sampled_from(["direct", "relay"]), st.integers(0, 2**32 - 1))
+def test_bounds_are_a_mask(problem: tuple[Layout, dict[str, Any]], route: str, seed: int) -> None:
+    """A window of what is before, and all of the query's own block of random length, as Gemma 3 has it."""
+    layout, position = problem[0], torch.arange(problem[0].num_tokens)
+    starts = torch.rand(len(position), generator=torch.Generator().manual_seed(seed)) < 0.2
+    block = starts.cumsum(0)
+    last = torch.searchsorted(block, block, right=True) - 1
+    lo, hi = (position - 10).clamp(min=0), last
+    ranks = range(layout.ring * layout.ulysses)
+    bounds = [(lo[layout.positions(rank)], hi[layout.positions(rank)]) for rank in ranks]
+    assert torch.equal(visits(layout, route, {"bounds": bounds}), seen(lo, hi))
+
+
+def test_wrong_bounds_are_named() -> None:
+    layout, up, down = contiguous(6, ring=1, ulysses=2), torch.tensor([0, 1, 2]), torch.tensor([3, 5, 4])
+    with pytest.raises(ValueError, match="bounds are those of 1 ranks, queries of 2"):
+        plan_of(layout, 0, "direct", {"bounds": [(up, up)]})
+    with pytest.raises(ValueError, match="must not fall from query to query, got hi 4 after 5"):
+        plan_of(layout, 0, "direct", {"bounds": [(up, up), (up + 3, down)]})
+    with pytest.raises(ValueError, match="must not fall from query to query, got lo 0 after 2"):
+        plan_of(layout, 0, "direct", {"bounds": [(up, up), (up, up + 3)]})
+
+
+def seen(lo: Tensor, hi: Tensor) -> Tensor:
+    key = torch.arange(len(lo))
+    return ((lo[:, None] <= key) & (key <= hi[:, None])).long()
+
+
+def visits(layout: Layout, route: str, mask: dict[str, Any]) -> Tensor:
+    """How often each key is visited by each query, over all ranks and steps: int64 [T, T]."""
     visits = torch.zeros(layout.num_tokens, layout.num_tokens, dtype=torch.int64)
     for rank in range(layout.ring):
         plan = plan_of(layout, rank, route, mask)
         for step, visibility in zip(plan.steps, plan.visibility, strict=True):
             keys = take(layout.ring_part(step.source), step.rows)
             visits[layout.ring_part(rank)[:, None], keys] += dense(visibility).long()
-    assert torch.equal(visits, ((lo[:, None] <= positions) & (positions <= hi[:, None])).long())
+    return visits
 
 
 @settings(deadline=None, max_examples=40)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from longtake.comm.mesh import Mesh
 from longtake.model.checkpoint import Progress, complete_steps, latest, load_model, resume, save
-from longtake.model.low_rank import add_low_rank
+from longtake.model.low_rank import add_low_rank, low_rank_names
 from longtake.model.vlm import VisionLanguageModel
 from longtake.train.trainer import shard_parameters
 from torch import Tensor, nn
@@ -126,6 +126,17 @@ def test_another_models_checkpoint_is_refused(folder: Path, written: dict[str, T
     add_low_rank(model.llm, rank=2, alpha=4)
     with pytest.raises(ValueError, match=r"of another model, or of an unfinished low-rank stage: .*lora_a"):
         load_model(folder, model)
+
+
+def test_new_parameters_stay_and_all_others_are_read(folder: Path, written: dict[str, Tensor]) -> None:
+    model = random_model(tiny_config(), seed=3)
+    add_low_rank(model.llm, rank=2, alpha=4, seed=1)
+    added = {name: model.get_parameter(name).detach().clone() for name in low_rank_names(model)}
+    load_model(folder, model, new=added)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, added[name] if name in added else written[name]), name
+    with pytest.raises(ValueError, match=r"of another model, .*lora_a"):
+        load_model(folder, model, new=sorted(added)[1:])
 
 
 def test_a_checkpoint_without_an_optimizer_cannot_be_continued(tmp_path: Path) -> None:

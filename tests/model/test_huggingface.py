@@ -8,7 +8,7 @@ import torch
 from longtake.comm.mesh import Mesh
 from longtake.model.huggingface import disable, enable, sum_gradients
 from longtake.model.huggingface_attention import longtake_mask
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tests.model.tiny_transformers import SIZES, TEXT, mistral, qwen2, settled
+from tests.model.tiny_transformers import SIZES, TEXT, Tuned, mistral, qwen2, settled
 from tests.ranks import run_ranks
 
 TOLERANCE = 1e-5  # float32 sums in another order
@@ -57,7 +57,7 @@ def batches(vocab_size: int = SIZES["vocab_size"]) -> dict[str, dict[str, Any]]:
     }
 
 
-def loss_and_gradients(model: PreTrainedModel, batch: dict[str, Any], mesh: Mesh | None = None) -> dict[str, Tensor]:
+def loss_and_gradients(model: nn.Module, batch: dict[str, Any], mesh: Mesh | None = None) -> dict[str, Tensor]:
     model.zero_grad()
     loss = model(**batch).loss
     loss.backward()
@@ -153,8 +153,15 @@ def other_ways_to_train(rank: int) -> dict[str, float]:
     disable(model)
 
     enable(model, mesh, gradients="mean")
-    averaged = loss_and_gradients(DistributedDataParallel(model), batch)  # type: ignore[arg-type]
+    averaged = loss_and_gradients(DistributedDataParallel(model), batch)
     found["DDP"] = worst_error({name.removeprefix("module."): x for name, x in averaged.items()}, expected)
+    disable(model)
+    tuned = Tuned(qwen2())
+    frozen = loss_and_gradients(tuned, batch)
+    enable(tuned.get_base_model(), mesh)
+    found["PEFT, wrapped before"] = worst_error(loss_and_gradients(tuned, batch, mesh), frozen)
+    enable(model, mesh)
+    found["PEFT, wrapped after"] = worst_error(loss_and_gradients(Tuned(model), batch, mesh), frozen)
     sharded = qwen2()
     enable(sharded, mesh, gradients="mean")
     for module in (*sharded.model.layers, sharded):
@@ -176,7 +183,7 @@ def other_ways_to_train(rank: int) -> dict[str, float]:
 def test_other_ways_to_train() -> None:
     for found in run_ranks(other_ways_to_train, 2):
         assert not {case: error for case, error in found.items() if not error < TOLERANCE}
-        assert len(found) == 5
+        assert len(found) == 7
 
 
 def two_models_without_labels(rank: int) -> tuple[float, list[torch.Size], int, list[int]]:

@@ -1,13 +1,16 @@
+from typing import Any
+
 import pytest
 import torch
 from longtake.model.config import LanguageConfig
 from longtake.model.init import init
 from longtake.model.language import LanguageModel
-from longtake.model.low_rank import LowRankLinear, add_low_rank, merge_low_rank
+from longtake.model.low_rank import LowRankLinear, add_low_rank, init_low_rank, low_rank_names, merge_low_rank
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from tests.ranks import run_ranks
 
@@ -54,7 +57,8 @@ def test_it_starts_as_the_same_function_under_the_same_names():
 def test_low_rank_output_is_the_formula():
     torch.manual_seed(1)
     linear = nn.Linear(16, 12)
-    layer = LowRankLinear(linear, rank=4, alpha=10, generator=torch.Generator().manual_seed(0))
+    layer = LowRankLinear(linear, rank=4, alpha=10)
+    nn.init.normal_(layer.lora_a)
     nn.init.normal_(layer.lora_b)
     x = torch.randn(7, 16)
     weight = linear.weight.double() + 10 / 4 * layer.lora_b.double() @ layer.lora_a.double()
@@ -95,12 +99,38 @@ def test_wrong_arguments_are_named(arguments, message):
         add_low_rank(language_model(), **arguments)
 
 
+def fill_shards(rank: int, world_size: int) -> dict[str, Tensor]:
+    """The low-rank parts of a model that has no memory before it is sharded."""
+    with torch.device("meta"):
+        model = language_model()
+    add_low_rank(model, rank=3)  # does not divide by the ranks
+    fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
+    model.to_empty(device="cpu")
+    init_low_rank(model, 5)
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    return {name: parameters[name].detach().full_tensor() for name in low_rank_names(model)}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_shards_are_filled_with_the_values_of_the_whole_layers(world_size):
+    model = language_model()
+    before = set(model.state_dict())
+    add_low_rank(model, rank=3, seed=5)
+    expected = {name: value for name, value in model.state_dict().items() if name not in before}
+    assert all(value.any() == name.endswith("lora_a") for name, value in expected.items())
+    for filled in run_ranks(fill_shards, world_size, world_size):
+        assert filled.keys() == expected.keys()
+        assert all(filled[name].equal(value) for name, value in expected.items())
+
+
 def merge_sharded(rank: int, world_size: int) -> dict[str, Tensor]:
     model = language_model()
     add_low_rank(model, rank=3)  # does not divide by the ranks
     train_low_rank(model)
     fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
-    merge_low_rank(model)
+    with CommDebugMode() as sent:
+        merge_low_rank(model)
+    assert sent.get_comm_counts().keys() <= {torch.ops.c10d_functional.all_gather_into_tensor}  # of A, and no product
     state = model.state_dict()
     assert all(isinstance(value, DTensor) for value in state.values())
     return {name: value.full_tensor() for name, value in state.items()}

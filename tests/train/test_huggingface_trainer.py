@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM, EvalPrediction, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from tests.model.tiny_transformers import SIZES, llama, qwen2
+from tests.model.tiny_transformers import SIZES, Tuned, llama, qwen2
 from tests.ranks import run_ranks
 
 TOLERANCE = 1e-5  # float32 sums in another order
@@ -207,6 +207,23 @@ def test_sft_of_trl_equals_one_process(packing: bool, tmp_path: Path) -> None:
         assert worst_difference(found, expected) < TOLERANCE
 
 
+def tuned_on_ranks(rank: int, out: Path) -> dict[str, list[float]]:
+    as_torchrun(rank, 2)
+    return run_tuned(out, Mesh(ring=2))
+
+
+def run_tuned(out: Path, mesh: Mesh | None) -> dict[str, list[float]]:
+    args = TrainingArguments(**arguments(out, 1, remove_unused_columns=False))
+    options: tuple[Any, ...] = (Tuned(qwen2()), args, pad, rows(12, (20, 50), seed=1))
+    return curve(Trainer(*options) if mesh is None else SequenceParallelTrainer(*options, mesh=mesh))
+
+
+def test_a_model_inside_a_peft_model_equals_one_process(tmp_path: Path) -> None:
+    expected = run_tuned(tmp_path, None)
+    for found in run_ranks(tuned_on_ranks, 2, tmp_path, timeout=400):
+        assert worst_difference(found, expected) < TOLERANCE
+
+
 def test_what_goes_past_the_loss_is_refused(tmp_path: Path) -> None:
     def build(mesh: Mesh, changes: dict[str, Any], **kwargs: Any) -> Trainer:
         args = TrainingArguments(**arguments(tmp_path, 1, **changes))
@@ -220,5 +237,5 @@ def test_what_goes_past_the_loss_is_refused(tmp_path: Path) -> None:
         build(Mesh(alone=True), {"label_smoothing_factor": 0.1})
     with pytest.raises(ValueError, match="model_init does not go with a mesh"):
         build(Mesh(alone=True), {}, model=None, model_init=llama)
-    with pytest.raises(ValueError, match="a Linear is no model of Transformers itself"):
+    with pytest.raises(ValueError, match="a Linear is no model of Transformers: pass a PreTrainedModel"):
         build(Mesh(alone=True), {}, model=torch.nn.Linear(1, 1))

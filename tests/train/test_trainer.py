@@ -1,5 +1,6 @@
 """Training runs: what interrupts, splits or shards them does not change what they compute."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,15 +9,21 @@ from typing import Any
 import pytest
 import torch
 from longtake.comm.mesh import Mesh
-from longtake.model.checkpoint import complete_steps, load_model
+from longtake.infer.convert import from_official
+from longtake.model.checkpoint import Progress, complete_steps, load_model, save
 from longtake.model.config import ModelConfig
+from longtake.model.low_rank import add_low_rank
 from longtake.model.vlm import VisionLanguageModel
+from longtake.train.budget import shaped_model, state_bytes
 from longtake.train.sample import SampleError
 from longtake.train.trainer import StepLog, Trainer, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
+from tests.model.official_files import write_official
 from tests.ranks import run_ranks
+from tests.tiny import random_model
 from tests.training_files import conversation, run_config, write_rows
 
 Numbers = list[tuple[float, float]]
@@ -131,6 +138,80 @@ def test_a_run_is_the_same_however_it_is_split(start: Path, conversations: Path,
             difference = (torch.tensor(values) / torch.tensor(base) - 1).abs().amax(1)
             assert difference[0] < 1e-5, name  # float32 sums in another order
             assert difference[1] < 1e-4, name  # after a step of AdamW, which divides small gradients by themselves
+
+
+# ------------------------------------------------------------------------------------- from a checkpoint into shards
+
+
+def write_larger(start: Path, folder: Path) -> Path:
+    """A checkpoint of 5 MB in matrices of 256 KiB: much more than what ranks tell each other while they read."""
+    config = ModelConfig.load(start)
+    config = replace(config, language=replace(config.language, intermediate_size=2048, num_hidden_layers=6))
+    shutil.copytree(start, folder, ignore=shutil.ignore_patterns("step-*"))
+    config.save(folder)
+    save(folder, model=random_model(config, seed=1), optimizer=None, progress=Progress(), mesh=Mesh(alone=True))
+    return folder
+
+
+def peak_bytes(trace: Path) -> int:
+    """Most bytes of tensors that lived at once in a trace of this process's allocations."""
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    allocated = torch.tensor([event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["ts"])])
+    return int(allocated.cumsum(0).max())
+
+
+def build(rank: int, start: Path, packed: Path, folder: Path, ring: int) -> tuple[int, int, dict[str, Tensor]]:
+    """Bytes at the peak of building a trainer, those that are left, and the whole parameters of the model."""
+    settings = run_config(start, packed, folder / "out", stage=4, low_rank=3, context=100, seed=7, ring=ring)
+    mesh = Mesh(ring=ring)
+    assert mesh.device_mesh  # and the first tensors of torch.distributed
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model = Trainer(settings, mesh).model
+    profiler.export_chrome_trace(str(trace := folder / f"trace-{ring}-{rank}.json"))
+    sharded: dict[str, Any] = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    held = sum(parameter.to_local().nbytes for parameter in sharded.values())
+    return peak_bytes(trace), held, {name: parameter.full_tensor() for name, parameter in sharded.items()}
+
+
+@pytest.mark.parametrize("ring", [1, 2])
+def test_a_rank_holds_its_shards_and_two_tensors_on_their_way(
+    start: Path, packed: Path, tmp_path: Path, ring: int
+) -> None:
+    """And they are those of a model that was built whole, the low-rank ones as well, whatever the world size."""
+    larger = write_larger(start, tmp_path / "larger")
+    expected = VisionLanguageModel(ModelConfig.load(larger))
+    load_model(larger, expected)
+    add_low_rank(expected.llm, rank=3, alpha=6, seed=7)
+    largest = max(parameter.nbytes for parameter in expected.parameters())
+    settings = run_config(larger, packed, tmp_path, stage=4, low_rank=3)
+    share = state_bytes(shaped_model(settings, expected.config), ring)["parameters"]
+    for peak, held, whole in run_ranks(build, ring, larger, packed, tmp_path, ring):
+        assert held <= share and peak < share + 2 * largest + 2**17, (peak, share)  # 128 KiB: plans they exchange
+        assert whole.keys() == dict(expected.named_parameters()).keys()
+        assert not [name for name, parameter in expected.named_parameters() if not torch.equal(parameter, whole[name])]
+
+
+def train_from(rank: int, folders: list[Path], rows: Path, packed: Path) -> list[Numbers]:
+    """Stage 3, and stage 4 with its low-rank update, from each folder."""
+    stages: list[dict[str, Any]] = [{"data": rows, "stage": 3}, {"data": packed, "stage": 4, "context": 100}]
+    return [
+        numbers(train(run_config(folder, out=folder / f"stage{fields['stage']}", steps=2, ring=2, **fields)))
+        for fields in stages
+        for folder in folders
+    ]
+
+
+def test_a_run_starts_from_an_official_folder_as_from_a_converted_one(
+    conversations: Path, packed: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(3)
+    official, converted = tmp_path / "official", tmp_path / "converted"
+    write_official(official, dtype=torch.bfloat16)
+    from_official(official, converted, dtype=None)
+    for straight, expected, straight_4, expected_4 in run_ranks(
+        train_from, 2, [official, converted], conversations, packed
+    ):
+        assert straight == expected and straight_4 == expected_4 and straight[0] != straight[1]
 
 
 # ------------------------------------------------------------------------------------- stages on four ranks
