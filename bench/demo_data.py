@@ -21,7 +21,7 @@ from ..infer.needle_images import (
     Needle,
     training_needle,
 )
-from ..model.config import LanguageConfig, ModelConfig, VisionConfig
+from ..model.config import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 
 CAPTION_QUESTION = "what is this ?"
 TASK_TEXT = f"user assistant {COLOUR_QUESTION} {SHAPE_QUESTION} {CAPTION_QUESTION} a photo ."
@@ -60,6 +60,7 @@ def demo_config(*, vocab_size: int, image_token_id: int, video_token_id: int) ->
             image_size=32,
             patch_size=8,
         ),
+        projector=ProjectorConfig(kind="mlp_downsample_columns"),  # with which the recipe was found
         language=LanguageConfig(
             vocab_size=vocab_size,
             hidden_size=128,
