@@ -13,9 +13,9 @@ COMMANDS = {
     "convert": ("longtake.infer.convert", "between official LongVILA checkpoints and ours"),
     "doctor": ("longtake.bench.doctor", "whether training would run on this machine; if not, what cures it"),
     "tune": ("longtake.bench.tune", "find out which attention kernels are right and fastest on this GPU, once"),
-    "bench": (None, "one microbenchmark: attention, ring, comm, step, layout, compiled, decode"),
+    "bench": (None, "one microbenchmark: attention, ring, comm, step, loader, layout, compiled, decode"),
 }
-BENCHMARKS = ("attention", "ring", "comm", "step", "layout", "compiled", "decode")
+BENCHMARKS = ("attention", "ring", "comm", "step", "loader", "layout", "compiled", "decode")
 
 
 def usage() -> str:

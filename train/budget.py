@@ -148,7 +148,7 @@ class Activations:
       features stand twice, by passes and joined.
     - gradients at work: of a layer's MLP, T e (3 M + 2 C). Attention: float32 dq and both of q's size in e; in a ring
       two blocks of k, v and four of float32 dk, dv (own, computed, sent, received).
-    - pixels: of one sequence. (On the host those of all of a step's, and of the next step's, read ahead.)
+    - pixels: of one sequence. (On the host those of all of a step's, and of the `prefetch` next ones'.)
     - visual features: in the projector V e (8 C' + 2 C) of the V = F x tokens a frame; on their way 2 V e C.
     - logits: 1,024 rows at a time, in e and float32, and their gradient.
 

@@ -1,10 +1,12 @@
 """Decoding of a rank's frames, in worker processes or where it is asked for."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from multiprocessing import get_context
 
 import numpy as np
@@ -14,6 +16,8 @@ from torch import Tensor
 from ..comm.launch import end_with_parent
 from ..model.media import MediaError, read_frames, read_image
 from .sample import MediaItem, Sample, SampleError
+
+LEAST_SPAN = 256  # frames of a file: decoding a piece begins at a keyframe, in x264's files up to 250 earlier
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,9 @@ class FrameReader:
     def __init__(self, size: int, *, workers: int = 0) -> None:
         self.size, self.workers = size, workers
         context = get_context("forkserver")  # a fork would hang where torch's threads have run
+        context.set_forkserver_preload(
+            [__name__]
+        )  # imported once for all, who start in milliseconds and share its pages
         self.pool = ProcessPoolExecutor(workers, context, initializer=end_with_parent) if workers else None
 
     def read(self, samples: Sequence[Sample], first: int, last: int) -> Tensor:
@@ -38,21 +45,38 @@ class FrameReader:
 
         Raises SampleError for a medium that cannot be decoded, RuntimeError where a worker died.
         """
-        pixels = torch.empty(last - first, 3, self.size, self.size, dtype=torch.uint8)
-        tasks, begin = list(_tasks(samples, first, last)), 0
-        try:
-            for part in self._decoded(tasks):
-                pixels[begin : begin + len(part)] = torch.from_numpy(part)
-                begin += len(part)
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                f"one of {self.workers} workers that decode frames died, for want of memory perhaps: take fewer"
-            ) from error
-        return pixels
+        return self.begin(samples, first, last)()
+
+    def begin(self, samples: Sequence[Sample], first: int, last: int) -> Callable[[], Tensor]:
+        """Hand the frames to the workers, who do first what came first; the call of what returns is `read`'s rest.
+
+        Without workers they are decoded in that call. Raises RuntimeError where a worker died.
+        """
+        with self._naming_deaths():
+            parts = self._decoded(list(_tasks(samples, first, last)))
+
+        def join() -> Tensor:
+            pixels, begin = torch.empty(last - first, 3, self.size, self.size, dtype=torch.uint8), 0
+            with self._naming_deaths():
+                for part in parts:
+                    pixels[begin : begin + len(part)] = torch.from_numpy(part)
+                    begin += len(part)
+            return pixels
+
+        return join
 
     def close(self) -> None:
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
+
+    @contextmanager
+    def _naming_deaths(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                f"one of {self.workers} workers that decode frames died, for want of memory perhaps: take fewer"
+            ) from error
 
     def _decoded(self, tasks: Sequence[Task]) -> Iterator[np.ndarray]:
         if self.pool is None:
@@ -83,5 +107,8 @@ def _tasks(samples: Sequence[Sample], first: int, last: int) -> Iterator[Task]:
 
 
 def _split(task: Task, at_most: int) -> list[Task]:
-    cuts = range(0, len(task.indices), at_most)
-    return [Task(task.item, task.indices[cut : cut + at_most], task.source) for cut in cuts]
+    """Even pieces of at_most frames each, or of more where they would lie closer than LEAST_SPAN."""
+    count, span = len(task.indices), task.indices[-1] - task.indices[0]
+    num_pieces = max(1, min(-(-count // at_most), span // LEAST_SPAN))
+    cuts = [count * piece // num_pieces for piece in range(num_pieces + 1)]
+    return [Task(task.item, task.indices[start:end], task.source) for start, end in pairwise(cuts)]

@@ -1,8 +1,13 @@
-"""The batches of each step, read ahead in a thread; all ranks agree on bad samples before they enter the step."""
+"""The batches of each step, read some steps ahead; all ranks agree on bad samples before they enter the step.
+
+Two threads take the steps in their order: one reads rows and hands their frames to the workers, the other waits for the
+frames. So the workers go from step to step without a pause, and the earlier step comes first.
+"""
 
 import logging
 import time
-from collections.abc import Set
+from collections import deque
+from collections.abc import Callable, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -25,8 +30,8 @@ class StepData:
     """This rank's share of one optimizer step: a batch and its pixels, uint8 and on the host, for each sequence.
 
     total_weight: of all tokens of the global batch, the loss's denominator; num_tokens, num_frames: in it.
-    max_tokens, max_frames: of its longest document. num_skipped: bad samples left out. waited: seconds that it took
-    until this rank's frames were there.
+    max_tokens, max_frames: of its longest document. num_skipped: bad samples left out. waited: seconds that the
+    slowest rank waited for its frames.
     """
 
     batches: list[tuple[ShardedBatch, Tensor]]
@@ -40,10 +45,11 @@ class StepData:
 
 
 class _Draft:
-    """Samples of one step as this rank read them, and what was bad about the others."""
+    """Samples of one step as this rank read them, its frames of them, and what was bad about the others."""
 
     def __init__(self) -> None:
-        self.sequences: list[list[Sample]] = []
+        self.sequences: list[dict[int, Sample]] = []  # by place in the step
+        self.frames: list[Callable[[], Tensor]] = []  # of each sequence, on their way
         self.pixels: list[Tensor] = []
         self.errors: dict[int, str] = {}  # place in the step: message
 
@@ -58,43 +64,59 @@ class StepLoader:
         self.tokens_per_frame = tokens_per_frame
         self.reader = FrameReader(image_size, workers=config.workers)
         self.samples_per_step = config.batch_size * mesh.data * config.accumulation
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-        self.ahead: tuple[int, Future[_Draft]] | None = None
+        self.row_thread = ThreadPoolExecutor(1, thread_name_prefix="read-rows")
+        self.frame_thread = ThreadPoolExecutor(1, thread_name_prefix="read-frames")
+        self.ahead: deque[tuple[int, Future[_Draft]]] = deque()  # consecutive steps, each with what it begins after
 
     def load(self, consumed: int) -> StepData:
         """The step that begins after `consumed` samples. Collective.
 
         Raises SampleError on every rank where a sample is bad and the config says stop.
         """
-        began = time.perf_counter()
-        draft = self._wait_for(consumed)
-        waited = time.perf_counter() - began
+        coming, waited = self._take(consumed), 0.0
         left_out: set[int] = set()
-        while errors := self._agree(draft.errors):
+        while True:
+            draft, errors, seconds = self._agree(coming)
+            waited += seconds
+            if not errors:
+                break
             if self.config.on_bad_sample == "stop":
                 raise SampleError(next(iter(errors.values())))
             for message in errors.values():
                 if self.mesh.rank == 0:
                     log.warning("skipped: %s", message)
             left_out |= errors.keys()
-            draft = self._read(consumed, left_out)
-        following = consumed + self.samples_per_step
-        if following < self.config.steps * self.samples_per_step:
-            self.ahead = following, self.thread.submit(self._read, following)
+            coming = self._begin(consumed, frozenset(left_out))
+        self._read_ahead(consumed)
         return replace(self._shard(draft, len(left_out)), waited=waited)
 
     def close(self) -> None:
-        """Stop reading ahead."""
-        self.thread.shutdown(cancel_futures=True)
-        self.reader.close()
+        """Stop reading ahead. Waits for what each worker is at; without workers, for the step whose frames are read."""
+        self.row_thread.shutdown(cancel_futures=True)
+        self.reader.close()  # with which all that the other thread may wait for is cancelled
+        self.frame_thread.shutdown(cancel_futures=True)
 
-    def _wait_for(self, consumed: int) -> _Draft:
-        if self.ahead is not None and self.ahead[0] == consumed:
-            return self.ahead[1].result()
-        return self._read(consumed)
+    def _take(self, consumed: int) -> Future[_Draft]:
+        """The step's draft, on its way or begun now; where the run goes on elsewhere, what was ahead is dropped."""
+        while self.ahead:
+            place, coming = self.ahead.popleft()
+            if place == consumed:
+                return coming
+            coming.cancel()
+        return self._begin(consumed)
 
-    def _read(self, consumed: int, leave_out: Set[int] = frozenset()) -> _Draft:
-        """Read this group's samples and decode this rank's frames; nothing in here talks to other ranks.
+    def _read_ahead(self, consumed: int) -> None:
+        """Have `prefetch` steps behind this one on their way, as far as the run goes."""
+        for step in range(len(self.ahead) + 1, self.config.prefetch + 1):
+            following = consumed + step * self.samples_per_step
+            if following < self.config.steps * self.samples_per_step:
+                self.ahead.append((following, self._begin(following)))
+
+    def _begin(self, consumed: int, leave_out: Set[int] = frozenset()) -> Future[_Draft]:
+        return self.frame_thread.submit(self._with_pixels, self.row_thread.submit(self._read, consumed, leave_out))
+
+    def _read(self, consumed: int, leave_out: Set[int]) -> _Draft:
+        """Read this group's samples and hand on this rank's frames; nothing in here talks to other ranks.
 
         leave_out: places in the step. (An index stands at two of them where a step reaches into the next epoch.)
         """
@@ -105,8 +127,9 @@ class StepLoader:
             first = (i * self.mesh.data + self.mesh.data_rank) * size
             mine = [place for place in range(first, first + size) if place not in leave_out]
             samples = {place: s for place in mine if (s := self._sample(indices[place], place, draft)) is not None}
-            draft.sequences.append([d for s in samples.values() for d in s.documents()])
-            draft.pixels.append(self._pixels(samples, draft))
+            share = frame_share(sum(len(s.frame_starts) for s in samples.values()), self.mesh)
+            draft.sequences.append(samples)
+            draft.frames.append(self.reader.begin(list(samples.values()), *share))
         return draft
 
     def _sample(self, index: int, place: int, draft: _Draft) -> Sample | None:
@@ -116,26 +139,37 @@ class StepLoader:
             draft.errors[place] = str(error)
             return None
 
-    def _pixels(self, samples: dict[int, Sample], draft: _Draft) -> Tensor:
-        first, last = frame_share(sum(len(s.frame_starts) for s in samples.values()), self.mesh)
+    def _with_pixels(self, reading: Future[_Draft]) -> _Draft:
+        draft = reading.result()
+        draft.pixels = [self._pixels(*each, draft) for each in zip(draft.frames, draft.sequences, strict=True)]
+        return draft
+
+    def _pixels(self, frames: Callable[[], Tensor], samples: dict[int, Sample], draft: _Draft) -> Tensor:
         try:
-            pixels = self.reader.read(list(samples.values()), first, last)
+            pixels = frames()
             return pixels.pin_memory() if self.mesh.device.type == "cuda" else pixels  # a big copy: here, ahead
         except SampleError as error:
             bad = next(place for place, sample in samples.items() if sample.source == error.source)
             draft.errors[bad] = str(error)
             return torch.empty(0)
 
-    def _agree(self, errors: dict[int, str]) -> dict[int, str]:
-        """Every rank's errors, the same on all ranks. A wait of hosts for hosts: no GPU takes part in it."""
-        gathered = self.mesh.gather_objects(errors)
-        return {place: e[place] for e in gathered for place in sorted(e)}
+    def _agree(self, coming: Future[_Draft]) -> tuple[_Draft, dict[int, str], float]:
+        """The draft; all ranks' errors and the longest wait for a draft, both the same on all ranks.
+
+        A wait of hosts for hosts: no GPU takes part in it.
+        """
+        began = time.perf_counter()
+        draft = coming.result()
+        gathered = self.mesh.gather_objects((draft.errors, time.perf_counter() - began))
+        errors = {place: e[place] for e, _ in gathered for place in sorted(e)}
+        return draft, errors, max(seconds for _, seconds in gathered)
 
     def _shard(self, draft: _Draft, num_skipped: int) -> StepData:
         batches = []
-        for samples, pixels in zip(draft.sequences, draft.pixels, strict=True):
+        sequences = [[d for s in samples.values() for d in s.documents()] for samples in draft.sequences]
+        for documents, pixels in zip(sequences, draft.pixels, strict=True):
             batch = shard_documents(
-                samples,
+                documents,
                 mesh=self.mesh,
                 tokens_per_frame=self.tokens_per_frame,
                 layout=self.config.layout,
@@ -143,7 +177,7 @@ class StepLoader:
             )
             batches.append((batch, pixels))
         # each group's numbers stand on all of its ranks: count every group once
-        documents = [d for samples in draft.sequences for d in samples]
+        documents = [d for sequence in sequences for d in sequence]
         mine = [(b.total_weight, b.num_tokens, b.num_frames) for b, _ in batches]
         sums = [sum(column) for column in zip(*mine, strict=True)]
         longest = [

@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 class StepLog:
     """What a step prints. loss: mean over the weighted tokens, 0 without any; memory_gib: this rank's peak.
 
-    max_frames, max_tokens: of the longest sample in the step. waited: seconds in which this rank waited for its data;
-    where that is more than a few per cent of a step, give it `workers`.
+    max_frames, max_tokens: of the longest sample in the step. waited: seconds for which the slowest rank waited for
+    its data; where that is more than a few per cent of a step, `longtake bench loader` says which `workers` it takes.
     """
 
     step: int

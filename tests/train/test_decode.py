@@ -1,14 +1,18 @@
 """Frames are the same whoever decodes them, and a rank decodes its own alone."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from av.container import InputContainer
+from av.video.stream import VideoStream
 from longtake.model.media import read_frames, read_image
-from longtake.train.decode import FrameReader
+from longtake.train.decode import FrameReader, Task
 from longtake.train.sample import MediaItem, Sample, SampleError
 
 from tests.media_files import moving_square, write_image, write_video
@@ -69,6 +73,38 @@ def test_frames_of_others_are_not_decoded(samples: list[Sample], monkeypatch: py
     shares = [FrameReader(16).read(samples[:1], 13 * rank // 4, 13 * (rank + 1) // 4) for rank in range(4)]
     assert decoded == list(range(0, 70, 6))
     assert torch.equal(torch.cat(shares), read_all(samples)[:13])
+
+
+class InPlace:
+    """A pool that works in this process; pieces: how many it was handed."""
+
+    def map(self, function: Callable[[Task], np.ndarray], pieces: Sequence[Task]) -> Iterator[np.ndarray]:
+        self.pieces = len(pieces)
+        return map(function, pieces)
+
+
+@pytest.mark.parametrize(("stride", "pieces"), [(1, 1), (5, 2), (18, 8)])
+def test_a_video_is_shared_by_the_workers_where_few_frames_are_decoded_twice_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stride: int, pieces: int
+) -> None:
+    """120 frames over 8 workers, keyframes every 50: by a frame each worker would decode what is before it as well."""
+    options = {"preset": "ultrafast", "g": "50", "sc_threshold": "0"}
+    path = write_video(tmp_path / "a.mp4", moving_square(120 * stride), options=options)
+    video = sample(MediaItem(path, "video", tuple(range(0, 120 * stride, stride))))
+    expected, decode, num_decoded = read_all([video]), InputContainer.decode, 0
+
+    def counted(container: InputContainer, stream: VideoStream) -> Iterator[Any]:
+        nonlocal num_decoded
+        for frame in decode(container, stream):
+            num_decoded += 1
+            yield frame
+
+    monkeypatch.setattr(InputContainer, "decode", counted)
+    reader = FrameReader(16, workers=8)
+    reader.pool = pool = InPlace()  # type: ignore[assignment]
+    assert torch.equal(reader.read([video], 0, 120), expected)
+    assert pool.pieces == pieces
+    assert num_decoded <= 120 * stride + (pieces - 1) * 50
 
 
 @pytest.mark.parametrize("in_workers", [False, True])

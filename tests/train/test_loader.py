@@ -1,10 +1,15 @@
 """Steps are dealt out in order, read ahead or not, and all ranks agree on what is left out of them."""
 
-from collections.abc import Sequence
+import json
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
+from threading import Event, Semaphore, Thread
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from longtake.comm.mesh import Mesh
@@ -12,27 +17,32 @@ from longtake.model.batch import shard_documents
 from longtake.model.chat import load_tokenizer
 from longtake.model.features import frame_share
 from longtake.train.conversations import ConversationDataset
-from longtake.train.decode import FrameReader
+from longtake.train.decode import FrameReader, Task
 from longtake.train.loader import StepData, StepLoader
 from longtake.train.mixture import Dataset, Mixture
 from longtake.train.packed import PackedDataset
-from longtake.train.rows import JsonRows
+from longtake.train.rows import JsonRows, Rows
 from longtake.train.sample import Sample, SampleError
+from longtake.train.shards import ShardRows
 
 from tests.ranks import run_ranks
 from tests.training_files import IMAGE_SIZE, TOKENS_PER_FRAME, conversation, run_config, write_rows
 
 SEED = 5
+PATIENCE = 60  # seconds
+
+
+def open_dataset(start: Path, rows: Rows) -> ConversationDataset:
+    return ConversationDataset(
+        rows, tokenizer=load_tokenizer(start), tokens_per_frame=TOKENS_PER_FRAME, num_frames=16, context=100
+    )
 
 
 class Watched:
     """A dataset that notes what is read of it, and whose row `lost` refers to a video that is gone by then."""
 
     def __init__(self, start: Path, rows: Path, lost: int | None = None) -> None:
-        tokenizer = load_tokenizer(start)
-        self.rows = ConversationDataset(
-            JsonRows(rows), tokenizer=tokenizer, tokens_per_frame=TOKENS_PER_FRAME, num_frames=16, context=100
-        )
+        self.rows = open_dataset(start, JsonRows(rows))
         self.lost, self.read = lost, []
 
     def __len__(self) -> int:
@@ -49,7 +59,13 @@ class Watched:
 
 def make_loader(dataset: Dataset[Sample], mesh: Mesh, **fields: Any) -> StepLoader:
     config = run_config(Path(), Path(), Path(), seed=SEED, ring=mesh.ring, ulysses=mesh.ulysses, **fields)
-    return StepLoader(Mixture([dataset]), config, mesh, tokens_per_frame=TOKENS_PER_FRAME, image_size=IMAGE_SIZE)
+    mixture = dataset if isinstance(dataset, Mixture) else Mixture([dataset])
+    return StepLoader(mixture, config, mesh, tokens_per_frame=TOKENS_PER_FRAME, image_size=IMAGE_SIZE)
+
+
+def rest(loader: StepLoader) -> None:
+    """Wait until all is there that is read ahead."""
+    assert not wait([coming for _, coming in loader.ahead], timeout=PATIENCE).not_done
 
 
 def is_step(data: StepData, dataset: Dataset[Sample], mesh: Mesh, sequences: Sequence[Sequence[Sequence[int]]]) -> bool:
@@ -82,8 +98,10 @@ def deal(rank: int, start: Path, rows: Path) -> dict[str, bool]:
             steps = [loader.load(step * count) for step in range(3)]  # the later two were read ahead
             loader.close()
             read = len(dataset.read)
+            waits = mesh.gather_objects([data.waited for data in steps])
             case = f"{name}, {size} x {accumulation}"
             right[f"{case}: each sample is read once"] = read == 3 * size * accumulation
+            right[f"{case}: the wait is the slowest rank's"] = all(each == waits[0] for each in waits)
             again = make_loader(dataset, mesh, steps=3, batch_size=size, accumulation=accumulation)
             steps.append(again.load(2 * count))
             again.close()
@@ -97,7 +115,7 @@ def deal(rank: int, start: Path, rows: Path) -> dict[str, bool]:
 def test_accumulation_then_group_then_sample_and_read_ahead_is_the_same(start: Path, conversations: Path) -> None:
     for right in run_ranks(deal, 4, start, conversations):
         assert not [case for case, ok in right.items() if not ok]
-        assert len(right) == 9 * 4
+        assert len(right) == 9 * 5
 
 
 def test_packed_documents_stay_apart(packed: Path) -> None:
@@ -115,27 +133,150 @@ def test_packed_documents_stay_apart(packed: Path) -> None:
 def test_a_step_says_how_long_it_waited_for_its_data(
     start: Path, conversations: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a clock that goes on by a second with each sample read."""
-    dataset = Watched(start, conversations)
-    monkeypatch.setattr("time.perf_counter", lambda: float(len(dataset.read)))
+    """By a clock that goes on by a second with each sample read, the first of them after a look at it."""
+    looked_at = Event()
+
+    class Patient(Watched):
+        def __getitem__(self, index: int) -> Sample:
+            assert looked_at.wait(PATIENCE)
+            return super().__getitem__(index)
+
+    def clock() -> float:
+        seconds = float(len(dataset.read))
+        looked_at.set()
+        return seconds
+
+    dataset = Patient(start, conversations)
+    monkeypatch.setattr("time.perf_counter", clock)
     loader = make_loader(dataset, Mesh(alone=True), steps=3, batch_size=2)
     assert loader.load(0).waited == 2
-    assert loader.ahead is not None
-    loader.ahead[1].result()
+    rest(loader)
     assert loader.load(2).waited == 0  # read ahead
     loader.close()
 
 
-def test_workers_change_nothing_wherever_a_run_goes_on(start: Path, conversations: Path) -> None:
-    mesh, steps = Mesh(alone=True), {}
-    for workers in (0, 2):
-        loader = make_loader(Watched(start, conversations), mesh, steps=4, batch_size=2, workers=workers)
-        steps[workers] = [loader.load(consumed) for consumed in (0, 2, 6, 4)]  # 6 is read anew, as after a restart
-        loader.close()
-    for plain, decoded in zip(steps[0], steps[2], strict=True):
-        [(batch, pixels)], [(same_batch, same_pixels)] = plain.batches, decoded.batches
-        assert torch.equal(batch.input_ids, same_batch.input_ids) and torch.equal(pixels, same_pixels)
-    assert sum(data.num_frames for data in steps[0]) >= 19  # each of six rows
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+def test_so_many_steps_are_read_ahead_in_their_order_and_no_more(
+    start: Path, conversations: Path, prefetch: int
+) -> None:
+    dataset = Watched(start, conversations)
+    loader = make_loader(dataset, Mesh(alone=True), steps=6, batch_size=2, prefetch=prefetch)
+    for step in range(6):
+        loader.load(2 * step)
+        rest(loader)
+        assert dataset.read == Mixture([dataset]).order(SEED, 0, 2 * min(step + 1 + prefetch, 6))
+    loader.close()
+
+
+class HeldPool:
+    """In the place of the worker processes: notes what it is handed, and decodes each piece when it may."""
+
+    def __init__(self) -> None:
+        self.handed: list[str] = []
+        self.allowed = Semaphore(0)
+
+    def map(self, function: Callable[[Task], np.ndarray], pieces: list[Task]) -> Iterator[np.ndarray]:
+        self.handed += [piece.source for piece in pieces]
+
+        def results() -> Iterator[np.ndarray]:
+            for piece in pieces:
+                assert self.allowed.acquire(timeout=PATIENCE)
+                yield function(piece)
+
+        return results()
+
+    def shutdown(self, *, cancel_futures: bool) -> None:
+        """Has no process to end."""
+
+
+def test_workers_are_handed_the_steps_ahead_in_order_before_the_first_of_them_is_decoded(
+    start: Path, conversations: Path
+) -> None:
+    dataset = Watched(start, conversations)
+    loader = make_loader(dataset, Mesh(alone=True), steps=6, batch_size=2, prefetch=3, workers=1)
+    loader.reader.pool = pool = HeldPool()  # type: ignore[assignment]
+    samples = [dataset.rows[index] for index in Mixture([dataset]).order(SEED, 0, 8)]
+    for _ in range(sum(len(sample.media) for sample in samples[:2])):
+        pool.allowed.release()
+    loader.load(0)
+    loader.row_thread.submit(int).result(PATIENCE)  # behind the reads
+    assert pool.handed == [sample.source for sample in samples for _ in sample.media]
+    assert not loader.ahead[0][1].done() and len(loader.ahead) == 3
+    pool.allowed.release(len(pool.handed))
+    assert is_step(loader.load(2), dataset, loader.mesh, [[Mixture([dataset]).order(SEED, 2, 2)]])
+    pool.allowed.release(100)
+    loader.close()
+
+
+def test_what_fails_ahead_is_raised_at_its_step_and_at_no_other(start: Path, conversations: Path) -> None:
+    """No bad sample, but an error: of a disk, or of ours."""
+
+    class Failing(Watched):
+        def __getitem__(self, index: int) -> Sample:
+            if len(self.read) == 5:  # in the third step
+                self.read.append(index)
+                raise OSError("the disk is gone")
+            return super().__getitem__(index)
+
+    dataset = Failing(start, conversations)
+    loader = make_loader(dataset, Mesh(alone=True), steps=4, batch_size=2, prefetch=3)
+    for consumed in (0, 2):
+        loader.load(consumed)
+        rest(loader)
+    with pytest.raises(OSError, match="the disk is gone"):
+        loader.load(4)
+    assert not loader.load(6).num_skipped
+    loader.close()
+
+
+def write_shard(conversations: Path, path: Path) -> Path:
+    """The rows and their videos as a tar."""
+    with tarfile.open(path, "w") as archive:
+        for number, line in enumerate(conversations.read_text().splitlines()):
+            row = path.with_name(f"{number}.json")
+            row.write_text(line)
+            archive.add(row, row.name)
+            for place, video in enumerate(json.loads(line)["video"]):
+                archive.add(conversations.with_name(video), f"{number}.{place}.mp4")
+    return path
+
+
+def closes(loader: StepLoader) -> bool:
+    """Whether it does, and leaves nothing undone."""
+    closing = Thread(target=loader.close, daemon=True)
+    closing.start()
+    closing.join(PATIENCE)
+    return not closing.is_alive() and all(coming.done() for _, coming in loader.ahead)
+
+
+def same(data: StepData, other: StepData) -> bool:
+    """Tokens, weights and pixels, bit for bit."""
+    [(batch, pixels)], [(other_batch, other_pixels)] = data.batches, other.batches
+    tensors = [(batch.input_ids, other_batch.input_ids), (batch.weights, other_batch.weights), (pixels, other_pixels)]
+    return all(torch.equal(one, two) for one, two in tensors)
+
+
+def test_a_run_that_is_stopped_with_steps_in_flight_goes_on_with_the_same_batches(
+    start: Path, conversations: Path, tmp_path: Path
+) -> None:
+    """In the second epoch of a mixture of JSONL and a shard, whose files worker processes read."""
+    sources = [JsonRows(conversations), ShardRows(write_shard(conversations, tmp_path / "a.tar"))]
+    mixture, mesh = Mixture([open_dataset(start, rows) for rows in sources], [6, 5]), Mesh(alone=True)
+    alone = make_loader(mixture, mesh, steps=6, batch_size=5, prefetch=0)
+    through = [alone.load(5 * step) for step in range(6)]
+    alone.close()
+    assert all(data.num_frames for data in through)
+    loaders = [make_loader(mixture, mesh, steps=6, batch_size=5, prefetch=3, workers=2) for _ in range(2)]
+    for loader, steps in zip(loaders, [(0, 1, 2), (3, 4, 5, 1, 2, 5)], strict=True):  # and once more, elsewhere
+        assert all(same(loader.load(5 * step), through[step]) for step in steps)
+    assert loaders[0].ahead and closes(loaders[0])
+    assert loaders[1].reader.pool is not None
+    for process in loaders[1].reader.pool._processes.values():
+        process.kill()
+        process.join()
+    with pytest.raises(RuntimeError, match="one of 2 workers that decode frames died"):
+        loaders[1].load(0)
+    assert closes(loaders[1])
 
 
 def load_bad(rank: int, start: Path, rows: Path, mesh: Mesh, lost: int, **fields: Any) -> list[Any]:
