@@ -1,7 +1,7 @@
 # make test: install, lint, types, tests.   make slow: the tests that take longer.   make demo: the whole system here.
 # make gpu: what needs a GPU: ranks that share one, over NCCL.
-# make newest: what the newest Triton makes of all kernels.   make oldest: the oldest Transformers. In environments of
-# their own.
+# make newest: what the newest Triton makes of all kernels.   make oldest: the oldest Transformers, and of its Trainer
+# what goes with it. In environments of their own.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,8 +10,9 @@ TRITON ?= 3.6.0# the PyTorch on PyPI pins one of its own: make test TRITON=3.7.1
 NEWEST := .venv-newest
 NEWEST_TRITON := 3.9.0
 OLDEST := .venv-oldest
-OLDEST_TRANSFORMERS := 5.5.0
-OF_TRANSFORMERS := $(addprefix tests/model/test_,vision.py language.py chat.py official.py huggingface.py huggingface_vision.py)
+OLDEST_VERSIONS := transformers==5.5.0 accelerate==1.12.0 trl==1.16.0 peft==0.18.0
+OF_TRANSFORMERS := $(addprefix tests/model/test_,vision.py language.py chat.py official.py) \
+	$(addprefix tests/model/test_huggingface,.py _vision.py _data.py _memory.py) tests/train/test_huggingface_trainer.py
 
 .PHONY: test slow gpu lint demo newest oldest clean
 
@@ -46,9 +47,9 @@ oldest: $(OLDEST)/.installed
 
 $(OLDEST)/.installed: $(INSTALLED)
 	$(PYTHON) -m venv $(OLDEST)
-	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > $(OLDEST)/constraints.txt
+	grep -vE '^(transformers|huggingface_hub|tokenizers|accelerate|trl|peft)==' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt --editable . pytest hypothesis \
-		triton==$(TRITON) transformers==$(OLDEST_TRANSFORMERS)
+		triton==$(TRITON) $(OLDEST_VERSIONS)
 	@touch $@
 
 $(INSTALLED): pyproject.toml constraints.txt

@@ -177,7 +177,7 @@ def longtake_attention(
     Returns [B, S, Hq, D], and None in place of weights. Raises ValueError for attention that it does not do.
     """
     _refuse(module, attention_mask, dropout, kwargs)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    q, k, v = (x.transpose(1, 2) for x in _as_autocast(query, key, value))
     check_shapes(q, k, v)
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     if token_share is not None:
@@ -195,6 +195,14 @@ def longtake_attention(
         k_rows, v_rows = (x.index_select(0, attention_mask.kept_keys) for x in (k_rows, v_rows))
     out = ring_attention(q_rows, k_rows, v_rows, attention_mask.plan, scale=scale)
     return out.unflatten(0, q.shape[:2]), None
+
+
+def _as_autocast(*operands: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, in its dtype, as PyTorch's own attention takes them: RoPE leaves q and k in float32."""
+    device = operands[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return operands
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in operands)
 
 
 def _refuse(module: Any, mask: KeyIntervals | Tensor | None, dropout: float, options: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ class Tokens:
 
     flat: int64 [T], increasing: places in the flattened batch. slots: int64 [T], increasing: places on an axis where
     row b begins at b * ROW, in column 0 of all that was ever seen. cu_seqlens: int64, documents' bounds on that axis.
+    num_seen: columns in the cache.
     """
 
     batch: int
@@ -41,12 +42,13 @@ class Tokens:
     flat: Tensor
     slots: Tensor
     cu_seqlens: Tensor
+    num_seen: int = 0
 
     @classmethod
     def of(
         cls, batch: int, seq: int, *, padding: Tensor | None, position_ids: Tensor | None, num_seen: int = 0
     ) -> "Tokens":
-        """padding: bool or integer [batch, num_seen + seq], 0 for padding. num_seen: columns in the cache.
+        """padding: bool or integer [batch, num_seen + seq], 0 for padding.
 
         Without padding or a cache, a document begins where position_ids [batch or 1, seq] do not rise by one, as
         Transformers has it.
@@ -58,7 +60,7 @@ class Tokens:
         if position_ids is not None and padding is None and num_seen == 0:
             row, before = (position_ids.cpu().expand(batch, -1).diff() != 1).nonzero().unbind(1)
             bounds = torch.cat([bounds, row * ROW + before + 1]).sort().values
-        return cls(batch, seq, flat, flat // seq * ROW + num_seen + flat % seq, bounds)
+        return cls(batch, seq, flat, flat // seq * ROW + num_seen + flat % seq, bounds, num_seen)
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -106,9 +108,11 @@ class _Pass:
         """This rank's tokens [1, n, ...] of x [batch, seq, ...]."""
         return x.flatten(0, 1).index_select(0, self.mine)[None]
 
-    def take_positions(self, position_ids: Tensor) -> Tensor:
-        """This rank's positions [..., 1, n] of position_ids [..., batch or 1, seq]."""
+    def take_positions(self, position_ids: Tensor | None) -> Tensor:
+        """This rank's positions [..., 1, n] of position_ids [..., batch or 1, seq]; None: columns."""
         tokens = self.tokens
+        if position_ids is None:
+            return (self.mine % tokens.seq + tokens.num_seen)[None]
         whole = position_ids.expand(*position_ids.shape[:-2], tokens.batch, tokens.seq).flatten(-2)
         return whole.index_select(-1, self.mine).unsqueeze(-2)
 
@@ -120,7 +124,10 @@ class _Pass:
 
 
 class TokenShare(_Pass):
-    """A pass in which each rank of the group runs the tokens that the layout gives it."""
+    """A pass in which each rank of the group runs the tokens that the layout gives it.
+
+    for_decoder: arguments of the decoder that go with these tokens.
+    """
 
     def __init__(
         self,
@@ -134,12 +141,18 @@ class TokenShare(_Pass):
     ) -> None:
         super().__init__(tokens, mesh, tokens.flat[layout.positions(mesh.sp_rank)], batch_masks)
         self.layout, self.cache = layout, cache
+        self.for_decoder: dict[str, Any] = {}
         self.route: Route = route
         self._plans: dict[Hashable, AttentionPlan] = {}
         self._held = [tokens.slots[layout.ring_part(r)] for r in range(mesh.ring)]
         if cache is not None:
             cache.grow(self._held, tokens.seq)
             self._held = list(cache.parts)
+
+    def owners(self) -> Tensor:
+        """int64 [batch * seq]: the rank that runs each place of the flattened batch; -1 for padding."""
+        nobody = torch.full((self.tokens.batch * self.tokens.seq,), -1)
+        return nobody.index_copy(0, self.tokens.flat, self.layout.owner)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, mask: KeyIntervals | None, scale: float) -> Tensor:
         """2D attention of this rank's tokens: q [n, Hq, D], k, v [n, Hkv, D]; returns [n, Hq, D]."""

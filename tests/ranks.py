@@ -23,7 +23,8 @@ def run_ranks(body: Callable[..., Any], world_size: int, *args: Any, timeout: fl
     raised here, with its traceback as a note; TimeoutError after `timeout` seconds. No process outlives the call.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "longtake.train.trainer"])  # and so transformers
+    trainers = ["longtake.train.trainer", "longtake.train.huggingface_trainer"]  # and so transformers, accelerate
+    context.set_forkserver_preload(["torch", "torch.distributed", *trainers])
     call = pickle.dumps((body, args))
     with tempfile.TemporaryDirectory() as folder:
         processes, pipes = [], []

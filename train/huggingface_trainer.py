@@ -8,14 +8,14 @@ Trainer counts ranks, where what counts is groups of ranks with the same samples
 data loader and to `accelerator.gather`, and DDP or FSDP still average over all ranks: enable(..., gradients="mean").
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, cast
 
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
@@ -33,17 +33,18 @@ class SequenceParallelTrainer(Trainer):
     - per_device_train_batch_size counts samples of a group: a step takes it times accumulation times mesh.data.
     - num_items_in_batch, logged losses, gradient norm, numbers of tokens, and predictions count each group once.
       With average_tokens_across_devices (the default), the loss is the mean over all tokens of a step.
-    - A dataset, map-style or iterable, is read by every rank; it must give the same to all ranks of a group.
-    - A PEFT model trains too (peft_config of SFTTrainer, or get_peft_model before): what it wraps is enabled.
+    - A dataset, map-style or iterable, is read by every rank; it must give the same to all ranks of a group. Where it
+      does not fill the last batch of every group, samples of its start do, as in Trainer on as many processes.
+    - A model of PEFT trains too (peft_config of SFTTrainer, or get_peft_model before): what it wraps is enabled.
     - The loss is the model's own, in TRL's SFTTrainer too: TRL makes its own from whole sequences, and with it the
       token accuracy and entropy that it logs; they are not logged here, and loss_type is "nll".
 
-    Tested on the CPU with gloo: under DDP, which Trainer takes there, and through accelerate's FSDP2, which accelerate
-    has on accelerators alone, switched on by hand. Neither was run on a GPU; PEFT's way of calling was tested, on a
-    stand-in for its models.
+    Tested on the CPU with gloo: under DDP, which Trainer takes there, with LoRA of PEFT on text and vision-language
+    models, and through accelerate's FSDP2, which accelerate has on accelerators alone, switched on by hand. None of it
+    was run on a GPU.
 
-    Raises ValueError for a mesh over other ranks than Trainer's, a model that is not one of Transformers, and for
-    arguments that go past the model's loss.
+    Raises ValueError for a mesh over other ranks than Trainer's, a model that is not one of Transformers, a parent
+    class with a loss of its own, and for arguments that go past the model's loss or do not fit split sequences.
     """
 
     def __init__(
@@ -66,8 +67,12 @@ class SequenceParallelTrainer(Trainer):
             "compute_loss_func": self.compute_loss_func is not None,
             "label_smoothing_factor": args.label_smoothing_factor != 0,
             "loss_type": getattr(args, "loss_type", "nll") != "nll",
+            "use_liger_kernel": args.use_liger_kernel,
+            "neftune_noise_alpha": self.neftune_noise_alpha is not None,  # scaled by the length that it sees
+            "torch_compile": args.torch_compile,  # every batch has a plan of its own
+            "predict_with_generate": getattr(args, "predict_with_generate", False),
             "deepspeed": self.is_deepspeed_enabled,
-            "parallelism_config": getattr(args, "parallelism_config", None) is not None,
+            "parallelism_config": accelerator.parallelism_config is not None,
             "split_batches": accelerator.split_batches,
             "dispatch_batches": accelerator.dispatch_batches,
             "eval_use_gather_object": args.eval_use_gather_object,
@@ -76,6 +81,14 @@ class SequenceParallelTrainer(Trainer):
         for name, is_set in refused.items():
             if is_set:
                 raise ValueError(f"{name} does not go with a mesh: leave it at its default")
+        order = type(self).__mro__
+        parents = order[order.index(SequenceParallelTrainer) + 1 : order.index(Trainer)]
+        own_losses = {parent.__name__ for parent in parents if "compute_loss" in vars(parent)} - {"SFTTrainer"}
+        if own_losses:
+            raise ValueError(
+                f"{', '.join(sorted(own_losses))} has a loss of its own, which would be of one rank's tokens: train "
+                "with the model's own, as Trainer and SFTTrainer do"
+            )
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         cast(Any, self.model)._is_accelerate_prepared = False  # by evaluate(), without DDP: it would never come
@@ -100,6 +113,8 @@ class SequenceParallelTrainer(Trainer):
     ) -> DataLoader[Any]:
         """In place of the accelerator's: batches for groups, in an order that no rank's own random numbers change."""
         accelerator, mesh = self.accelerator, self.mesh
+        if hasattr(data_loader.dataset, "n_shards"):  # accelerate would deal out its files, which end unevenly
+            vars(data_loader)["dataset"] = _Stream(data_loader.dataset)
         seed_worker = data_loader.worker_init_fn
         if isinstance(seed_worker, partial) and "rank" in seed_worker.keywords:  # Trainer's: workers of a group alike
             data_loader.worker_init_fn = partial(seed_worker, rank=mesh.data_rank)
@@ -151,6 +166,19 @@ class SequenceParallelTrainer(Trainer):
         labels = unlabelled.pop("labels")
         _, logits, _ = Trainer.prediction_step(self, model, unlabelled, False, ignore_keys)
         return loss, logits, labels
+
+
+class _Stream(IterableDataset[Any]):
+    """A streamed dataset of `datasets`, as any other iterable one: dealt out batch by batch."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.dataset.set_epoch(epoch)
 
 
 def _base_model(model: Any) -> PreTrainedModel:

@@ -1,5 +1,6 @@
 """Transformers models on ranks equal Transformers on one: loss, every gradient, greedy tokens."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tests.model.tiny_transformers import SIZES, TEXT, Tuned, mistral, qwen2, settled
+from tests.model.tiny_transformers import SIZES, TEXT, llava, lora, mistral, qwen2, settled
 from tests.ranks import run_ranks
 
 TOLERANCE = 1e-5  # float32 sums in another order
@@ -156,12 +157,12 @@ def other_ways_to_train(rank: int) -> dict[str, float]:
     averaged = loss_and_gradients(DistributedDataParallel(model), batch)
     found["DDP"] = worst_error({name.removeprefix("module."): x for name, x in averaged.items()}, expected)
     disable(model)
-    tuned = Tuned(qwen2())
+    tuned = lora(qwen2())
     frozen = loss_and_gradients(tuned, batch)
     enable(tuned.get_base_model(), mesh)
     found["PEFT, wrapped before"] = worst_error(loss_and_gradients(tuned, batch, mesh), frozen)
     enable(model, mesh)
-    found["PEFT, wrapped after"] = worst_error(loss_and_gradients(Tuned(model), batch, mesh), frozen)
+    found["PEFT, wrapped after"] = worst_error(loss_and_gradients(lora(model), batch, mesh), frozen)
     sharded = qwen2()
     enable(sharded, mesh, gradients="mean")
     for module in (*sharded.model.layers, sharded):
@@ -218,21 +219,35 @@ def test_two_models_without_labels() -> None:
     assert sampled[0] == sampled[1]
 
 
-def test_disable_takes_everything_back() -> None:
-    model, batch = qwen2(), batches()["left"]
+@pytest.mark.parametrize("build", [qwen2, llava])
+def test_disable_takes_everything_back(build: Callable[[], PreTrainedModel]) -> None:
+    model, batch = build(), batches()["left"]
     before = model(**batch).logits
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     attributes, implementation = set(vars(model)), model.config._attn_implementation
     enable(model, Mesh(alone=True))
     assert model(**batch).logits.shape[:2] == (1, int((batch["labels"] != -100).sum()))  # tokens that bear a loss
-    with pytest.raises(ValueError, match="Qwen2ForCausalLM is enabled already"):
+    with pytest.raises(ValueError, match=f"{type(model).__name__} is enabled already"):
         enable(model, Mesh(alone=True))
     disable(model)
     assert torch.equal(model(**batch).logits, before)
     assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     assert (set(vars(model)), model.config._attn_implementation) == (attributes, implementation)
-    with pytest.raises(ValueError, match="Qwen2ForCausalLM is not enabled"):
+    with pytest.raises(ValueError, match=f"{type(model).__name__} is not enabled"):
         disable(model)
+
+
+def test_the_loss_goes_first_and_takes_a_head() -> None:
+    model, batch = qwen2(), batches()["left"]
+    enable(model, Mesh(alone=True))
+    output = model(**batch)
+    assert list(output)[:2] == ["loss", "logits"]
+    as_tuple = model(**batch, return_dict=False)
+    assert torch.equal(as_tuple[0], output.loss) and torch.equal(as_tuple[1], output.logits)
+    headless = qwen2().base_model
+    enable(headless, Mesh(alone=True))
+    with pytest.raises(ValueError, match="Qwen2Model has no head that predicts tokens: leave out labels"):
+        headless(**batch)
 
 
 @pytest.mark.parametrize(

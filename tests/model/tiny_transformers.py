@@ -30,6 +30,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     SiglipVisionConfig,
 )
 
@@ -74,20 +76,13 @@ def uneven() -> PreTrainedModel:
     return qwen2(num_attention_heads=9, num_key_value_heads=3)
 
 
-class Tuned(nn.Module):
-    """Calls the model inside as PEFT's tuners do: its forward(), past its hooks. Two matrices of each layer learn."""
+def lora(model: PreTrainedModel) -> Any:
+    """PEFT's adapters on the queries and values of the decoder, the same on every rank. They alone learn."""
+    from peft import LoraConfig, get_peft_model  # slow to import
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.endswith(("q_proj.weight", "v_proj.weight")))
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model.forward(*args, **kwargs)
-
-    def get_base_model(self) -> PreTrainedModel:
-        return self.model
+    torch.manual_seed(7)
+    decoder = r".*(?<!encoder)\.layers\.\d+\.self_attn\.(q_proj|v_proj)"
+    return get_peft_model(model, LoraConfig(r=4, target_modules=decoder, init_lora_weights=False))
 
 
 TEXT = {
@@ -117,11 +112,10 @@ IMAGE, VIDEO, START, END = 57, 58, 59, 60  # token ids at the end of the vocabul
 NUM_WORDS = 57
 
 
-def siglip() -> SiglipVisionConfig:
-    """4 patches an image of 8 x 8 pixels."""
-    return SiglipVisionConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=8, patch_size=4
-    )
+def siglip(image_size: int = 8) -> SiglipVisionConfig:
+    """Patches of 4 x 4 pixels."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    return SiglipVisionConfig(**sizes, image_size=image_size, patch_size=4)
 
 
 def llava() -> PreTrainedModel:
@@ -137,13 +131,13 @@ def llava() -> PreTrainedModel:
 
 
 def llava_onevision() -> PreTrainedModel:
-    """As Llava, with images in several crops, whose features are packed with newlines after the projector."""
+    """As Llava, with images in crops of 9 patches, whose features are packed with newlines, and frames of 4 tokens."""
     config = LlavaOnevisionConfig(
-        vision_config=siglip(),
+        vision_config=siglip(12),
         text_config=Qwen2Config(**SIZES),
         image_token_index=IMAGE,
         video_token_index=VIDEO,
-        image_grid_pinpoints=[[8, 8], [8, 16], [16, 8]],
+        image_grid_pinpoints=[[12, 12], [12, 24], [24, 12]],
         vision_feature_select_strategy="full",
     )
     return settled(LlavaOnevisionForConditionalGeneration(config))
@@ -216,6 +210,17 @@ def qwen3_vl() -> PreTrainedModel:
     return settled(Qwen3VLForConditionalGeneration(config))
 
 
+def qwen3_vl_moe() -> PreTrainedModel:
+    """As Qwen3-VL, with two of four experts a token."""
+    config = Qwen3VLMoeConfig(
+        text_config=QWEN_TEXT | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        vision_config=QWEN_VISION | {"num_position_embeddings": 16, "deepstack_visual_indexes": [1]},
+        tie_word_embeddings=False,
+        **QWEN_TOKENS,
+    )
+    return settled(Qwen3VLMoeForConditionalGeneration(config))
+
+
 VISION = {
     "llava": llava,
     "llava_onevision": llava_onevision,
@@ -223,6 +228,7 @@ VISION = {
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
+    "qwen3_vl_moe": qwen3_vl_moe,
 }
 
 
