@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,28 +33,29 @@ class Variant:
     """How a kernel is launched.
 
     step: the "only" one; or of a ring the "first", which writes float32, a "middle" one, which folds or adds in place,
-    or the "last". group: query heads to a key head. aligned: whether tensors are as TMA and wide loads want them.
+    or the "last", which folds and writes in q's dtype. group: query heads to a key head.
     """
 
     step: str
     group: int
-    aligned: bool = True
 
     def __str__(self) -> str:
-        return f"{self.step} x{self.group}" + ("" if self.aligned else " unaligned")
+        return f"{self.step} x{self.group}"
 
 
-# Between them all of a kernel's code: grouped and not, folding or adding in place and writing fresh.
-MIDDLE, ONLY = Variant("middle", 7), Variant("only", 1)
-BY_TMA_ALONE = ("hopper_forward", "hopper_backward")
+MIDDLE, ONLY = Variant("middle", 7), Variant("only", 1)  # grouped and not, folding or adding and writing fresh
+FIRST, LAST = Variant("first", 7), Variant("last", 7)
+# prepare: with out in q's dtype and a gradient of lse. Backward: not the last, which adds as a middle one does.
+OTHER_STEPS = {"prepare": (LAST,)} | dict.fromkeys(("flash_dkdv", "flash_dq", "hopper_backward"), (FIRST,))
+STEPPED_HEAD_DIMS = (64, 80, 128, 256)  # other steps change no loop, and 72 and 96 are cut in two parts as 80 is
 
 
 def variants(kernel: str, head_dim: int, dtype: str) -> tuple[Variant, ...]:
     """Those that are compiled of a kernel: the code of other dtypes differs from that of bf16 in types alone."""
     if dtype != "bf16":
         return (MIDDLE,)
-    unaligned = head_dim == 128 and kernel not in BY_TMA_ALONE
-    return (MIDDLE, ONLY, replace(MIDDLE, aligned=False)) if unaligned else (MIDDLE, ONLY)
+    others = OTHER_STEPS.get(kernel, (FIRST, LAST)) if head_dim in STEPPED_HEAD_DIMS else ()
+    return (MIDDLE, ONLY, *others)
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,13 @@ def launch(case: Case, num_rows: int, *, num_keys: int, key_heads: int = 2) -> N
     carried = dtype if variant.step == "only" else torch.float32
 
     def new(num: int, of_heads: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(num, of_heads, case.head_dim + (not variant.aligned), dtype=dtype)[..., : case.head_dim]
+        return torch.empty(num, of_heads, case.head_dim, dtype=dtype)
 
     q, dout, out = new(num_rows, heads), new(num_rows, heads), new(num_rows, heads, carried)
     k, v = new(num_keys, key_heads), new(num_keys, key_heads)
     lse = torch.empty(heads, num_rows)
     if kernel == "prepare":
+        out = out.to(dtype) if variant.step == "last" else out
         host(out, lse, dout, None if variant.step == "only" else torch.empty_like(lse))
         return
     zero, all_keys = torch.zeros(num_rows, dtype=torch.int64), torch.full((num_rows,), num_keys - 1)

@@ -74,7 +74,8 @@ def attention(
     """softmax(scale q k^T) v, with gradients for q, k, v and through lse.
 
     Args:
-        q: [B, Sq, Hq, D], or packed [T, Hq, D]. k, v: [B, Sk, Hkv, D] or [T, Hkv, D], Hkv divides Hq.
+        q: [B, Sq, Hq, D], or packed [T, Hq, D]. k, v: [B, Sk, Hkv, D] or [T, Hkv, D], Hkv divides Hq. Any strides:
+            on CUDA, what does not lie in whole 16 bytes is copied first.
         causal: no key after the query; where Sq != Sk the last query sees the last key (bottom-right).
         window: only keys less than `window` positions away.
         scale: default D ** -0.5.

@@ -93,7 +93,7 @@ def block_forward(
         q: [Tq, Hq, D]. k, v: [Tk, Hkv, D], Hkv divides Hq. Any of Tq, Tk, Hq may be 0.
         visibility: the keys that each row sees.
         scale: of the scores, usually D ** -0.5.
-        state: (out, lse) of the blocks before, updated in place.
+        state: (out, lse) of the blocks before, as they came back; updated in place.
         final: no block follows: out comes back in q's dtype.
         backend: a name in `BACKENDS`; None: by device.
 

@@ -33,14 +33,22 @@ def split(head_dim: int) -> tuple[int, int]:
     return first, max(16, 1 << (rest - 1).bit_length()) if rest > 0 else 0
 
 
+def is_aligned(x: Tensor) -> bool:
+    """Whether kernels can load x [T, H, D] 16 bytes at once: by its base, strides of 8 numbers, no gaps in D."""
+    return x.data_ptr() % 16 == 0 and x.stride(2) == 1 and all(n > 0 and n % 8 == 0 for n in x.stride()[:2])
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy that is aligned: number by number kernels would load slowly, and spill registers."""
+    if is_aligned(x):
+        return x
+    *shape, head_dim = x.shape
+    return torch.empty(*shape, -(-head_dim // 8) * 8, dtype=x.dtype, device=x.device)[..., :head_dim].copy_(x)
+
+
 def tma_fits(*tensors: Tensor) -> bool:
-    """Whether TMA can load these [T, H, D]: 16-bit numbers, and base, strides and head_dim of whole 16 bytes."""
-    return all(
-        x.dtype.itemsize == 2
-        and x.data_ptr() % 16 == 0
-        and all(length > 0 and length % 8 == 0 for length in (*x.stride()[:2], x.shape[2]))
-        for x in tensors
-    )
+    """Whether TMA can load these [T, H, D]: 16-bit numbers, aligned, and head_dim of whole 16 bytes."""
+    return all(x.dtype.itemsize == 2 and x.shape[2] % 8 == 0 and is_aligned(x) for x in tensors)
 
 
 def use_tma(*tensors: Tensor) -> bool:

@@ -40,9 +40,14 @@ _ROWS: dict[tuple[str, str, tuple[str, ...]], list[tuple[tuple[int, ...], Config
         ((128,), Config("flash_forward", 64, 64, 4, 2), 0.329),
         ((256,), Config("flash_forward", 64, 64, 8, 2), 0.961),
         ((64, *SPLIT, 128), Config("hopper_forward", 128, 128, 4, 2), 0.230),
-        ((256,), Config("hopper_forward", 128, 64, 4, 2), 0.300),
+        ((64, 72, 80), Config("hopper_forward", 128, 128, 4, 3), 0.230),
+        ((64, *SPLIT, 128), Config("hopper_forward", 128, 64, 4, 4), 0.310),
+        ((256,), Config("hopper_forward", 128, 32, 4, 4), 0.691),
     ],
-    ("hopper", "backward", HALF): [((64, *SPLIT, 128), Config("hopper_backward", 64, 128, 4, 2), 0.420)],
+    ("hopper", "backward", HALF): [
+        ((64, *SPLIT, 128), Config("hopper_backward", 64, 128, 4, 2), 0.420),
+        ((64, 72, 80), Config("hopper_backward", 64, 128, 4, 3), 0.420),
+    ],
     ("hopper", "decode", HALF): [
         ((64, *SPLIT, 128), Config("decode", 1, 64, 4, 4), 1.0),
         ((64, *SPLIT, 128), Config("decode", 16, 64, 4, 4), 0.08),
@@ -74,8 +79,8 @@ _ROWS: dict[tuple[str, str, tuple[str, ...]], list[tuple[tuple[int, ...], Config
         (SPLIT, Config("flash_forward", 128, 32, 8, 2), 0.492),
         ((72, 96), Config("flash_forward", 64, 32, 4, 2), 0.496),
         ((80,), Config("flash_forward", 64, 16, 4, 2), 0.700),
-        ((128,), Config("flash_forward", 64, 64, 4, 2), 0.670),
-        ((256,), Config("flash_forward", 64, 64, 8, 2), 1.270),
+        ((128,), Config("flash_forward", 128, 32, 8, 3), 0.650),
+        ((256,), Config("flash_forward", 32, 64, 8, 2), 1.496),
     ],
     ("ampere", "decode", HALF): [
         ((64,), Config("decode", 1, 64, 4, 4), 1.0),
@@ -91,7 +96,7 @@ _ROWS: dict[tuple[str, str, tuple[str, ...]], list[tuple[tuple[int, ...], Config
         (SPLIT, Config("flash_dkdv", 32, 128, 8, 2), 0.621),
         ((72, 80), Config("flash_dkdv", 32, 64, 4, 2), 0.645),
         ((128,), Config("flash_dkdv", 64, 64, 8, 2), 0.869),
-        ((256,), Config("flash_dkdv", 64, 64, 8, 2), 1.920),
+        ((256,), Config("flash_dkdv", 32, 32, 4, 2), 2.508),
     ],
     ("ampere", "dq", HALF): [
         ((64,), Config("flash_dq", 128, 64, 8, 2), 0.336),
@@ -101,9 +106,9 @@ _ROWS: dict[tuple[str, str, tuple[str, ...]], list[tuple[tuple[int, ...], Config
         ((96,), Config("flash_dq", 64, 32, 4, 2), 0.494),
         ((128,), Config("flash_dq", 128, 32, 8, 2), 0.553),
         ((128,), Config("flash_dq", 64, 32, 4, 2), 0.627),
-        ((256,), Config("flash_dq", 32, 64, 8, 2), 1.238),
+        ((256,), Config("flash_dq", 32, 32, 4, 1), 1.309),
     ],
-    # float32 runs without tensor cores: a fallback, whose operands fill the registers from head_dim 128 on
+    # float32 runs without tensor cores: a fallback, with tiles whose operands fit the registers
     **{
         (arch, direction, FLOAT): rows
         for arch in ("hopper", "ampere")
@@ -115,11 +120,12 @@ _ROWS: dict[tuple[str, str, tuple[str, ...]], list[tuple[tuple[int, ...], Config
             "decode": [(ALL, Config("decode", 1, 16, 8, 1), 1.0)],
             "dkdv": [
                 ((64, *SPLIT, 128), Config("flash_dkdv", 16, 32, 4, 1), 19.7),
-                ((256,), Config("flash_dkdv", 16, 16, 4, 1), 69.3),
+                ((256,), Config("flash_dkdv", 16, 16, 8, 1), 62.3),
             ],
             "dq": [
-                ((64, *SPLIT, 128), Config("flash_dq", 32, 16, 4, 1), 16.1),
-                ((256,), Config("flash_dq", 16, 16, 8, 1), 38.2),
+                ((64, 72, 80), Config("flash_dq", 32, 16, 4, 1), 10.0),
+                ((96, 128), Config("flash_dq", 16, 16, 8, 1), 19.7),
+                ((256,), Config("flash_dq", 16, 16, 8, 1), 36.1),
             ],
         }.items()
     },

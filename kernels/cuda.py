@@ -3,7 +3,7 @@
 On CPU tensors they run in Triton's interpreter, if TRITON_INTERPRET=1 was set before triton was imported.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from triton import knobs
 
 from . import decode, flash_backward, flash_forward, flash_prepare, hopper_backward, hopper_forward
 from .backend import running
-from .blocks import tma_fits
+from .blocks import aligned, is_aligned, tma_fits
 from .device import architecture, launching_on
 from .table import Choice, choose
 from .visibility import Visibility
@@ -50,11 +50,12 @@ class CudaBackend:
         final: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """See `backend.block_forward`."""
-        check(q, scale)
+        check(q, scale, (state or ())[:1])
         if q.numel() == 0 or k.shape[0] == 0:
             return state or nothing_seen(q)
         few = q.shape[0] <= DECODE_ROWS and "decode" in self.kernels
         with launching_on(q.device):
+            q, k, v = map(aligned, (q, k, v))
             config = self.choose("decode" if few else "forward", visibility, q, k, v).config
             return FORWARD[config.kernel](q, k, v, visibility, scale=scale, config=config, state=state, final=final)
 
@@ -75,16 +76,17 @@ class CudaBackend:
         deterministic: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `backend.block_backward`."""
-        check(q, scale)
+        check(q, scale, grads)
         if q.numel() == 0 or k.shape[0] == 0:
             dq, dk, dv = running(grads, q, k, v)
             return dq, dk, dv
         with launching_on(q.device):
-            operands = q, k, v, dout.to(q.dtype)
+            q, k, v, out, dout = map(aligned, (q, k, v, out, dout.to(q.dtype)))
+            operands = q, k, v, dout
             by_keys = self.choose("dkdv", visibility, *operands)
             by_rows = self.choose("dq", visibility, *operands)
             fused = None if deterministic else self.find("backward", visibility, *operands)
-            block = *operands, *flash_prepare.prepare(out, lse, operands[-1], dlse), visibility
+            block = *operands, *flash_prepare.prepare(out, lse, dout, dlse), visibility
             dk, dv, add = targets(grads[1:], (k, v), final)
             if fused is not None and fused.cost < by_keys.cost + by_rows.cost:
                 (dq,) = running(grads[:1], q)  # it can only be added to
@@ -96,7 +98,7 @@ class CudaBackend:
             return dq, dk, dv
 
     def find(self, direction: str, visibility: Visibility, *operands: Tensor) -> Choice | None:
-        """What serves a direction, if anything does; Gluon kernels take operands that TMA can load alone."""
+        """What serves a direction, if anything does; Gluon kernels take only operands that TMA can load."""
         q = operands[0]
         kernels = self.kernels if tma_fits(*operands) else self.kernels - GLUON
         return choose(
@@ -115,8 +117,8 @@ class CudaBackend:
         if choice is None:
             q = operands[0]
             raise ValueError(
-                f"none of {', '.join(sorted(self.kernels))} serves {direction} with head_dim {q.shape[-1]}, {q.dtype}, "
-                f"strides {list(q.stride())} on {architecture(q.device)}: see `longtake tune --show`"
+                f"none of {', '.join(sorted(self.kernels))} serves {direction} with head_dim {q.shape[-1]}, {q.dtype} "
+                f"on {architecture(q.device)}: see `longtake tune --show`"
             )
         return choice
 
@@ -126,8 +128,8 @@ triton = CudaBackend(PLAIN)
 gluon = CudaBackend(GLUON | TWO_KERNEL_BACKWARD, by_hand=True)
 
 
-def check(q: Tensor, scale: float) -> None:
-    """Raises ValueError for what no kernel takes."""
+def check(q: Tensor, scale: float, carried: Sequence[Tensor | None]) -> None:
+    """Raises ValueError for what no kernel takes; carried: out or gradients so far, which are updated in place."""
     if q.dtype not in DTYPES:
         raise ValueError(f"q, k, v must be {', '.join(map(str, DTYPES))}, got {q.dtype}: cast, or backend='reference'")
     if q.shape[-1] > MAX_HEAD_DIM:
@@ -136,6 +138,12 @@ def check(q: Tensor, scale: float) -> None:
         raise ValueError(f"scale must be above 0, got {scale}: negate q")
     if q.device.type == "cpu" and not knobs.runtime.interpret:
         raise ValueError("these kernels run on CPU tensors in Triton's interpreter alone: set TRITON_INTERPRET=1 first")
+    for x in carried:
+        if x is not None and x.shape[2] % 8 == 0 and not is_aligned(x):
+            raise ValueError(
+                "out and gradients so far must be contiguous in head_dim, with other strides of whole 8 numbers, and "
+                f"start at 16 bytes, got strides {list(x.stride())}: pass what the call for the block before returned"
+            )
 
 
 def nothing_seen(q: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,20 @@ ALIGN = tl.constexpr(16)  # dkdv's tiles of query rows start at a multiple: lse2
 
 
 @triton.jit
+def _late_scores(a, b):
+    """`scores(a, b)` of a b that comes to shared memory just now.
+
+    float32 products, without tensor cores, read operands whole into registers, the first one first: it must be b, or
+    registers hold all of a over the barrier behind which b can be read.
+    """
+    if a[0].dtype == tl.float32:
+        s = scores(b, a).T
+    else:
+        s = scores(a, b)
+    return s
+
+
+@triton.jit
 def _walk_rows(
     state,
     keys,
@@ -73,7 +87,8 @@ def _walk_rows(
         if len(dv) > 0:
             dv = weighted(p, dout, dv)
         if len(dk) > 0:
-            ds = p * (scores(v, dout) - tl.load(Delta + offset + columns)[None, :])
+            dp = scores(v, dout) if len(dv) > 0 else _late_scores(v, dout)
+            ds = p * (dp - tl.load(Delta + offset + columns)[None, :])
             dk = weighted(ds, q, dk)
     return dk, dv
 
@@ -187,7 +202,8 @@ def _walk_keys(
         if UPPER:
             s = visible(s, key, start, end, KEYS, LOWER)
         p = tl.math.exp2(s * log2_scale - lse2[:, None])
-        ds = p * (scores(dout, load(V, v_strides, key, head, num_keys, KEYS, D, UPPER)) - delta[:, None])
+        v = load(V, v_strides, key, head, num_keys, KEYS, D, UPPER)
+        ds = p * (_late_scores(dout, v) - delta[:, None])
         dq = weighted(ds, k, dq)
     return dq
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from longtake.kernels import cuda, table
 from longtake.kernels.backend import block_backward, block_forward
+from longtake.kernels.blocks import is_aligned
 from longtake.kernels.candidates import Config
 from longtake.kernels.visibility import Visibility
 from torch import Tensor
@@ -19,12 +20,12 @@ NEAR = {"rtol": 1e-5, "atol": 2e-5}
 EMPTY = ["nothing", "no keys", "no queries", "random 2"]
 
 
-def tensors(visibility: Visibility, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """q, k, v, dout of 4 query heads and 2 key heads of 16."""
+def tensors(visibility: Visibility, dtype: torch.dtype = torch.float32, head_dim: int = 16) -> list[Tensor]:
+    """q, k, v, dout of 4 query heads and 2 key heads."""
     generator = torch.Generator().manual_seed(1)
     rows, keys = len(visibility.start), len(visibility.kstart)
     sizes = ((rows, 4), (keys, 2), (keys, 2), (rows, 4))
-    return [torch.randn(t, h, 16, generator=generator).to(dtype) for t, h in sizes]
+    return [torch.randn(t, h, head_dim, generator=generator).to(dtype) for t, h in sizes]
 
 
 def run(backend: str, visibility: Visibility, dtype: torch.dtype = torch.float32, **options: Any) -> list[Tensor]:
@@ -57,6 +58,67 @@ def test_gradients_are_added_to_those_given(given: tuple[bool, ...]) -> None:
     for x, before, there, alone in zip(found, grads, given, plain, strict=True):
         assert not there or x is before
         torch.testing.assert_close(x, alone + there, **NEAR)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows of odd length": lambda x: torch.cat([x, x[..., :1]], -1)[..., :-1],
+    "an odd start": lambda x: torch.cat([x[:1].flatten()[:1], x.flatten()])[1:].view(x.shape),
+    "gaps in head_dim": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "repeated heads": lambda x: x[:, :1].expand(-1, x.shape[1], -1),
+}
+
+
+@pytest.mark.parametrize(("layout", "num_rows"), [*((layout, 40) for layout in LAYOUTS), ("an odd start", 5)])
+def test_kernels_are_given_aligned_tensors_alone(layout: str, num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    visibility = shard_visibility(40, torch.arange(40 - num_rows, 40))
+    strided = [LAYOUTS[layout](x) for x in tensors(visibility, torch.float16)]
+    assert not any(map(is_aligned, strided))
+    given: list[Tensor] = []
+
+    def noting(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **options: Any) -> Any:
+            given.extend(x for x in args if isinstance(x, Tensor) and x.dim() == 3)
+            return kernel(*args, **options)
+
+        return noted
+
+    for name, kernel in cuda.FORWARD.items():
+        monkeypatch.setitem(cuda.FORWARD, name, noting(kernel))
+    for module, name in ((cuda.flash_backward, "dkdv"), (cuda.flash_backward, "dq"), (cuda.flash_prepare, "prepare")):
+        monkeypatch.setattr(module, name, noting(getattr(module, name)))
+    found = {}
+    for backend, (q, k, v, dout) in {"triton": strided, "reference": [x.double() for x in strided]}.items():
+        out, lse = block_forward(q, k, v, visibility, scale=SCALE, backend=backend)
+        out = LAYOUTS[layout](out) if layout != "repeated heads" else out
+        grads = block_backward(q, k, v, out, lse, dout, visibility, scale=SCALE, backend=backend)
+        found[backend] = [x.double() for x in (out, lse, *grads)]
+    assert len(given) == 3 + 2 + 2 * 4 and all(map(is_aligned, given))
+    torch.testing.assert_close(found["triton"], found["reference"], rtol=2e-3, atol=4e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_head_dim_of_no_whole_16_bytes(dtype: torch.dtype) -> None:
+    visibility = shard_visibility(40)
+    q, k, v, dout = tensors(visibility, dtype, head_dim=20)
+    found = {}
+    for backend in ("triton", "reference"):
+        out, lse = block_forward(q, k, v, visibility, scale=SCALE, backend=backend, final=True)
+        grads = block_backward(q, k, v, out, lse, dout, visibility, scale=SCALE, backend=backend)
+        found[backend] = [out, lse, *grads]
+    torch.testing.assert_close(found["triton"], found["reference"], rtol=2e-3, atol=4e-3)
+
+
+def test_what_is_carried_must_be_aligned() -> None:
+    visibility = shard_visibility(20)
+    q, k, v, dout = tensors(visibility)
+    out, lse = block_forward(q, k, v, visibility, scale=SCALE, backend="reference")
+    odd = LAYOUTS["rows of odd length"]
+    message = r"out and gradients so far must .*, got strides \[68, 17, 1\]: pass what the call for the block before"
+    with pytest.raises(ValueError, match=message):
+        block_forward(q, k, v, visibility, scale=SCALE, backend="triton", state=(odd(out), lse))
+    for grads in ((odd(q), None, None), (q, k, odd(v))):
+        with pytest.raises(ValueError, match="out and gradients so far must"):
+            block_backward(q, k, v, out, lse, dout, visibility, scale=SCALE, backend="triton", grads=grads)
 
 
 class NoWaiting(TorchDispatchMode):
