@@ -158,24 +158,30 @@ def test_greedy_tokens_equal_one_rank(ring: int, ulysses: int) -> None:
         assert len(same) == 14 + ENCODES_FIRST
 
 
-def packed_videos() -> dict[str, Any]:
-    """Two documents in one row of Qwen2.5-VL, by text's positions in the first of four rows."""
-    inputs = batch([[SMALL, CLIP, WIDE]], family="qwen2_5_vl")
+def packed(family: str) -> dict[str, Any]:
+    """Two documents in one row, by positions that restart: text's, the first of four rows under M-RoPE."""
+    inputs = batch([[SMALL, CLIP, WIDE] if has_videos(family) else [SMALL] * 3], family=family)
     del inputs["attention_mask"]
     length = inputs["input_ids"].shape[1]
-    text = torch.cat([torch.arange(19), torch.arange(length - 19)])
-    grid = torch.randint(0, 30, (3, length), generator=torch.Generator().manual_seed(3))
-    return inputs | {"position_ids": torch.cat([text[None], grid])[:, None], "use_cache": False}
+    positions = torch.cat([torch.arange(19), torch.arange(length - 19)])[None]
+    if family.startswith("qwen"):
+        grid = torch.randint(0, 30, (3, length), generator=torch.Generator().manual_seed(3))
+        positions = torch.cat([positions, grid])[:, None]
+    return inputs | {"position_ids": positions, "use_cache": False}
 
 
 def odds_on_ranks(rank: int) -> tuple[dict[str, float], int]:
-    """Errors of packed documents under M-RoPE, and of an encoder that is not known; and the patches of one clip that
-    this rank encodes."""
-    mesh, model, errors = Mesh(ring=2, ulysses=2), qwen2_5_vl(), {}
-    model.set_attn_implementation("eager")
-    expected = loss_and_gradients(model, packed_videos())
+    """Errors of packed documents, and of an encoder that is not known; and the patches of one clip that this rank
+    encodes."""
+    mesh, errors = Mesh(ring=2, ulysses=2), {}
+    for family, build in VISION.items():
+        model = build()
+        model.set_attn_implementation("eager")
+        expected = loss_and_gradients(model, packed(family))
+        enable(model, mesh)
+        errors[f"{family}, packed"] = worst_error(loss_and_gradients(model, packed(family), mesh), expected)
+    model = qwen2_5_vl()
     enable(model, mesh)
-    errors["packed"] = worst_error(loss_and_gradients(model, packed_videos(), mesh), expected)
     seen: list[int] = []
     model.model.visual.patch_embed.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     model(**batch([[CLIP]], family="qwen2_5_vl"))
