@@ -1,11 +1,15 @@
 """Small media files for tests, written with PyAV and Pillow."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
+import pytest
+from av.container import InputContainer
+from av.video.stream import VideoStream
 from PIL import Image
 
 
@@ -75,3 +79,16 @@ def truncate(path: Path, *, keep: float) -> Path:
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * keep)])
     return path
+
+
+def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """An entry for each frame that is decoded from here on, in this process."""
+    decoded, decode = list[int](), InputContainer.decode
+
+    def counted(container: InputContainer, stream: VideoStream) -> Iterator[Any]:
+        for frame in decode(container, stream):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(InputContainer, "decode", counted)
+    return decoded

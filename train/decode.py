@@ -35,22 +35,14 @@ class FrameReader:
     def __init__(self, size: int, *, workers: int = 0) -> None:
         self.size, self.workers = size, workers
         context = get_context("forkserver")  # a fork would hang where torch's threads have run
-        context.set_forkserver_preload(
-            [__name__]
-        )  # imported once for all, who start in milliseconds and share its pages
+        context.set_forkserver_preload([__name__])  # imported once: workers start in milliseconds and share its pages
         self.pool = ProcessPoolExecutor(workers, context, initializer=end_with_parent) if workers else None
 
-    def read(self, samples: Sequence[Sample], first: int, last: int) -> Tensor:
-        """Frames [first, last) of all the samples' frames end to end, uint8 [last - first, 3, size, size].
-
-        Raises SampleError for a medium that cannot be decoded, RuntimeError where a worker died.
-        """
-        return self.begin(samples, first, last)()
-
     def begin(self, samples: Sequence[Sample], first: int, last: int) -> Callable[[], Tensor]:
-        """Hand the frames to the workers, who do first what came first; the call of what returns is `read`'s rest.
+        """Hand frames [first, last) of all the samples' frames end to end to the workers, who do first what came first.
 
-        Without workers they are decoded in that call. Raises RuntimeError where a worker died.
+        The call of what returns waits for them, uint8 [last - first, 3, size, size]; without workers it decodes them.
+        It raises SampleError for a medium that cannot be decoded, and as this does, RuntimeError where a worker died.
         """
         with self._naming_deaths():
             parts = self._decoded(list(_tasks(samples, first, last)))

@@ -96,7 +96,7 @@ def test_rows_of_text_alone_have_no_media(media: Path, tokenizer: Qwen2Tokenizer
     sample = dataset(media / "good.jsonl", GOOD, tokenizer)[1]
     assert sample.media == () and sample.frame_starts.tolist() == []
     assert sample.cu_seqlens.tolist() == [0, len(sample.input_ids)]
-    assert FrameReader(16).read([sample], 0, 0).shape == (0, 3, 16, 16)
+    assert FrameReader(16).begin([sample], 0, 0)().shape == (0, 3, 16, 16)
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -203,7 +203,7 @@ def test_any_share_of_the_frames_is_read(media: Path, tokenizer: Qwen2Tokenizer)
     reader = FrameReader(16)
     for first in range(total + 1):
         for last in range(first, total + 1, 3):
-            pixels = reader.read(samples, first, last)
+            pixels = reader.begin(samples, first, last)()
             assert pixels.shape == (last - first, 3, 16, 16)
             assert torch.equal(pixels, expected[first:last])
 
@@ -212,7 +212,7 @@ def test_a_medium_that_breaks_when_decoded_is_named_with_its_row(media: Path, to
     """Half a JPEG has a good header, and is found out by decoding alone."""
     rows = dataset(media / "late.jsonl", [GOOD[0], row("<image>", "b", image="cut.jpg")], tokenizer)
     samples = [rows[0], rows[1]]
-    assert len(FrameReader(16).read(samples, 0, 8)) == 8
+    assert len(FrameReader(16).begin(samples, 0, 8)()) == 8
     with pytest.raises(SampleError, match=r"late.jsonl: row 2: .*cut.jpg: not an image, or truncated") as caught:
-        FrameReader(16).read(samples, 4, 9)
+        FrameReader(16).begin(samples, 4, 9)()
     assert caught.value.source == samples[1].source

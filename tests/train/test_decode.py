@@ -4,18 +4,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from av.container import InputContainer
-from av.video.stream import VideoStream
 from longtake.model.media import read_frames, read_image
 from longtake.train.decode import FrameReader, Task
 from longtake.train.sample import MediaItem, Sample, SampleError
 
-from tests.media_files import moving_square, write_image, write_video
+from tests.media_files import count_decoded, moving_square, write_image, write_video
 
 
 def sample(*media: MediaItem, source: str = "rows: row 1") -> Sample:
@@ -57,7 +54,7 @@ def test_workers_read_what_the_thread_reads(samples: list[Sample], workers: Fram
     expected = read_all(samples)
     assert len(expected) == 17
     for reader in (FrameReader(16), workers):
-        pixels = reader.read(samples, first, last)
+        pixels = reader.begin(samples, first, last)()
         assert pixels.dtype == torch.uint8 and torch.equal(pixels, expected[first:last])
 
 
@@ -70,7 +67,7 @@ def test_frames_of_others_are_not_decoded(samples: list[Sample], monkeypatch: py
         return read_frames(path, indices, **options)
 
     monkeypatch.setattr("longtake.train.decode.read_frames", watched)
-    shares = [FrameReader(16).read(samples[:1], 13 * rank // 4, 13 * (rank + 1) // 4) for rank in range(4)]
+    shares = [FrameReader(16).begin(samples[:1], 13 * rank // 4, 13 * (rank + 1) // 4)() for rank in range(4)]
     assert decoded == list(range(0, 70, 6))
     assert torch.equal(torch.cat(shares), read_all(samples)[:13])
 
@@ -91,20 +88,12 @@ def test_a_video_is_shared_by_the_workers_where_few_frames_are_decoded_twice_for
     options = {"preset": "ultrafast", "g": "50", "sc_threshold": "0"}
     path = write_video(tmp_path / "a.mp4", moving_square(120 * stride), options=options)
     video = sample(MediaItem(path, "video", tuple(range(0, 120 * stride, stride))))
-    expected, decode, num_decoded = read_all([video]), InputContainer.decode, 0
-
-    def counted(container: InputContainer, stream: VideoStream) -> Iterator[Any]:
-        nonlocal num_decoded
-        for frame in decode(container, stream):
-            num_decoded += 1
-            yield frame
-
-    monkeypatch.setattr(InputContainer, "decode", counted)
+    expected, decoded = read_all([video]), count_decoded(monkeypatch)
     reader = FrameReader(16, workers=8)
     reader.pool = pool = InPlace()  # type: ignore[assignment]
-    assert torch.equal(reader.read([video], 0, 120), expected)
+    assert torch.equal(reader.begin([video], 0, 120)(), expected)
     assert pool.pieces == pieces
-    assert num_decoded <= 120 * stride + (pieces - 1) * 50
+    assert len(decoded) <= 120 * stride + (pieces - 1) * 50
 
 
 @pytest.mark.parametrize("in_workers", [False, True])
@@ -112,9 +101,9 @@ def test_a_bad_medium_is_named_with_its_row(samples: list[Sample], workers: Fram
     gone = sample(MediaItem(Path("gone.mp4"), "video", (0, 1)), source="rows: row 7")
     reader = workers if in_workers else FrameReader(16)
     with pytest.raises(SampleError, match=r"^rows: row 7: gone.mp4: no such file") as caught:
-        reader.read([samples[0], gone], 10, 15)
+        reader.begin([samples[0], gone], 10, 15)()
     assert caught.value.source == "rows: row 7"
-    assert torch.equal(reader.read(samples, 2, 4), read_all(samples)[2:4])  # and it still reads
+    assert torch.equal(reader.begin(samples, 2, 4)(), read_all(samples)[2:4])  # and it still reads
 
 
 def test_workers_end_with_the_process_that_had_them(samples: list[Sample], tmp_path: Path) -> None:
@@ -136,7 +125,7 @@ def test_workers_end_with_the_process_that_had_them(samples: list[Sample], tmp_p
 
 def work_for_ever(samples: list[Sample], pids: Path) -> None:
     reader = FrameReader(16, workers=1)
-    reader.read(samples, 0, 1)
+    reader.begin(samples, 0, 1)()
     assert reader.pool is not None
     pids.with_suffix(".part").write_text(" ".join(map(str, reader.pool._processes)))
     pids.with_suffix(".part").rename(pids)
@@ -153,11 +142,11 @@ def is_running(pid: int) -> bool:
 
 def test_a_worker_that_dies_is_said_to_have(samples: list[Sample]) -> None:
     reader = FrameReader(16, workers=1)
-    reader.read(samples, 0, 1)
+    reader.begin(samples, 0, 1)()
     assert reader.pool is not None
     [process] = reader.pool._processes.values()
     process.kill()
     process.join()
     with pytest.raises(RuntimeError, match="one of 1 workers that decode frames died"):
-        reader.read(samples, 0, 1)
+        reader.begin(samples, 0, 1)()
     reader.close()

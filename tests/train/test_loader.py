@@ -79,7 +79,7 @@ def is_step(data: StepData, dataset: Dataset[Sample], mesh: Mesh, sequences: Seq
         share = frame_share(sum(len(sample.frame_starts) for sample in mine), mesh)
         right &= torch.equal(batch.input_ids, expected.input_ids)
         right &= torch.equal(batch.weights, expected.weights)
-        right &= torch.equal(pixels, FrameReader(IMAGE_SIZE).read(mine, *share))
+        right &= torch.equal(pixels, FrameReader(IMAGE_SIZE).begin(mine, *share)())
     totals = (data.total_weight, data.num_tokens, data.num_frames, data.max_tokens, data.max_frames)
     lengths, frames = [len(s.input_ids) for s in every], [len(s.frame_starts) for s in every]
     weight = sum(float(sample.loss_weight.sum()) for sample in every)
@@ -301,7 +301,7 @@ def load_bad(rank: int, start: Path, rows: Path, mesh: Mesh, lost: int, **fields
 def meet_bad_samples(rank: int, start: Path, rows: Path) -> dict[str, Any]:
     one, two = Mesh(ring=2, ulysses=2), Mesh(data=2, ulysses=2)
     try:
-        FrameReader(IMAGE_SIZE).read([Watched(start, rows, lost=3)[3]], *frame_share(5, one))
+        FrameReader(IMAGE_SIZE).begin([Watched(start, rows, lost=3)[3]], *frame_share(5, one))()
         meets_it = False
     except SampleError:
         meets_it = True

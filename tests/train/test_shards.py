@@ -95,7 +95,7 @@ def test_samples_are_those_of_the_files_by_themselves(media: Path, shard: Path, 
         assert torch.equal(sample.input_ids, expected.input_ids)
         assert [item.indices for item in sample.media] == [item.indices for item in expected.media]
         num_frames = len(expected.frame_starts)
-        assert torch.equal(reader.read([sample], 0, num_frames), reader.read([expected], 0, num_frames))
+        assert torch.equal(reader.begin([sample], 0, num_frames)(), reader.begin([expected], 0, num_frames)())
         assert sample.source == f"{shard}: row {index + 1}"
 
 
