@@ -71,7 +71,7 @@ def find_backend(name: str | None, device: torch.device) -> Backend:
 def running(grads: tuple[Tensor | None, ...], *inputs: Tensor) -> list[Tensor]:
     """The gradients so far, zeros in float32 (float64) where there are none yet."""
     return [
-        torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if grad is None else grad
+        x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32)) if grad is None else grad
         for grad, x in zip(grads, inputs, strict=True)
     ]
 

@@ -59,7 +59,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """See `backend.block_forward`. Updates `state` in place."""
     q, k, v = operand(q), operand(k), operand(v)
-    out, lse = state or (torch.zeros_like(q), q.new_full((q.shape[1], q.shape[0]), -torch.inf))
+    out, lse = state or (q.new_zeros(q.shape), q.new_full((q.shape[1], q.shape[0]), -torch.inf))
     if q.numel() == 0:
         return out, lse
     for tile in visibility.tiles:

@@ -50,7 +50,7 @@ class CudaBackend:
         final: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """See `backend.block_forward`."""
-        check(q, scale, (state or ())[:1])
+        check(q, (state or ())[:1])
         if q.numel() == 0 or k.shape[0] == 0:
             return state or nothing_seen(q)
         few = q.shape[0] <= DECODE_ROWS and "decode" in self.kernels
@@ -76,7 +76,7 @@ class CudaBackend:
         deterministic: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `backend.block_backward`."""
-        check(q, scale, grads)
+        check(q, grads)
         if q.numel() == 0 or k.shape[0] == 0:
             dq, dk, dv = running(grads, q, k, v)
             return dq, dk, dv
@@ -128,14 +128,12 @@ triton = CudaBackend(PLAIN)
 gluon = CudaBackend(GLUON | TWO_KERNEL_BACKWARD, by_hand=True)
 
 
-def check(q: Tensor, scale: float, carried: Sequence[Tensor | None]) -> None:
+def check(q: Tensor, carried: Sequence[Tensor | None]) -> None:
     """Raises ValueError for what no kernel takes; carried: out or gradients so far, which are updated in place."""
     if q.dtype not in DTYPES:
         raise ValueError(f"q, k, v must be {', '.join(map(str, DTYPES))}, got {q.dtype}: cast, or backend='reference'")
     if q.shape[-1] > MAX_HEAD_DIM:
         raise ValueError(f"head_dim must be at most {MAX_HEAD_DIM}, got {q.shape[-1]}: use backend='reference'")
-    if scale <= 0:
-        raise ValueError(f"scale must be above 0, got {scale}: negate q")
     if q.device.type == "cpu" and not knobs.runtime.interpret:
         raise ValueError("these kernels run on CPU tensors in Triton's interpreter alone: set TRITON_INTERPRET=1 first")
     for x in carried:
@@ -148,7 +146,7 @@ def check(q: Tensor, scale: float, carried: Sequence[Tensor | None]) -> None:
 
 def nothing_seen(q: Tensor) -> tuple[Tensor, Tensor]:
     """out and lse of rows that see nothing."""
-    return torch.zeros_like(q, dtype=torch.float32), q.new_full(
+    return q.new_zeros(q.shape, dtype=torch.float32), q.new_full(
         (q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32
     )
 

@@ -5,16 +5,15 @@ Three ideas:
   and which are free.
 - The products for the next scores and for this output run under the softmax, and the warpgroups take turns to start
   theirs (ping-pong): one computes exponentials while the other keeps the tensor cores busy.
-- One program on each multiprocessor works off a list of tiles, the longest first, and loads the next early.
+- A program takes tile after tile (`hopper_schedule`), and loads the next early.
 
-All partitions read the same bounds of a tile, so that they agree on the number of its key tiles; which of them need a
+All partitions hear the same bounds of a tile, so that they agree on the number of its key tiles; which of them need a
 mask each warpgroup decides for its own rows. A barrier's phase is the parity of a count that goes on over all tiles.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -22,7 +21,6 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .blocks import LN2, LOG2E, before_and_after, split, strides
 from .candidates import Config
-from .device import multiprocessors
 from .hopper import (
     CONSUMER_REGISTERS,
     LOADER_REGISTERS,
@@ -41,43 +39,16 @@ from .hopper import (
     weighted,
     zeros,
 )
+from .hopper_schedule import LONGEST_RUN, bounds, draw, heads_at_once, hear, live_tiles, num_programs, tell, tickets
 from .visibility import Visibility
 
 FLOOR = gl.constexpr(-1.0e30)  # running maxima start here, not at -inf: no difference of two is NaN
 
 
 @gluon.jit
-def _place(turn):
-    """This program's place in a round of all programs. Odd rounds run backwards, which evens out the lengths."""
-    program = gl.program_id(0)
-    return gl.where(turn % 2 == 0, program, gl.num_programs(0) - 1 - program)
-
-
-@gluon.jit
-def _num_turns(num_tiles):
-    """Tiles that this program takes: one in each full round, and perhaps one in the last."""
-    full = num_tiles // gl.num_programs(0)
-    return full + gl.where(_place(full) < num_tiles % gl.num_programs(0), 1, 0)
-
-
-@gluon.jit
-def _bounds(turn, tiles, ROWS: gl.constexpr, KEYS: gl.constexpr):
-    """Of this turn's tile: first row, head, first key and number of key tiles.
-
-    That is one at least, wholly masked if no row sees a key: no partition needs a branch for such tiles.
-    """
-    Order, Start, End, num_rows, num_heads = tiles
-    t = turn * gl.num_programs(0) + _place(turn)  # heads change fastest
-    row = gl.load(Order + t // num_heads) * ROWS
-    first = gl.load(Start + row)
-    end = gl.load(End + gl.minimum(row + ROWS, num_rows) - 1)
-    return row, t % num_heads, first, gl.maximum((end - first + KEYS - 1) // KEYS, 1)
-
-
-@gluon.jit
 def _load_tiles(
+    schedule,
     tiles,
-    num_turns,
     descs,
     memory,
     signals,
@@ -86,15 +57,20 @@ def _load_tiles(
     KEYS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """The warp that loads."""
+    """The warp that loads. It draws the tiles, and tells the warpgroups when there is none left."""
     q, k, v = descs
-    q_memory, k_memory, v_memory = memory
+    q_memory, k_memory, v_memory, told = memory
     q_full, q_empty, k_full, k_empty, v_full, v_empty = signals
+    num_tickets = schedule[2] * tiles[3]
+    longest_run = schedule[4]
+    turn = 0
     count = 0  # of key tiles
-    for turn in range(num_turns):
-        row, head, first, num_tiles = _bounds(turn, tiles, 2 * HALF, KEYS)
+    ticket = draw(schedule)
+    while ticket < num_tickets:
+        row, head, first, num_tiles = bounds(ticket, schedule, tiles, 2 * HALF, KEYS)
         for half in gl.static_range(2):
             mbarrier.wait(q_empty.index(half), (turn & 1) ^ 1)
+            tell(told, half, row + half * HALF, head, first, num_tiles)
             copy(q, head, row + half * HALF, q_memory, half, q_full.index(half), 0)
         for j in range(num_tiles):
             i = count % STAGES
@@ -104,6 +80,14 @@ def _load_tiles(
             mbarrier.wait(v_empty.index(i), phase ^ 1)
             copy(v, head // GROUP, first + j * KEYS, v_memory, i, v_full.index(i), 0)
             count += 1
+        turn += 1
+        ticket = num_tickets
+        if count < longest_run:
+            ticket = draw(schedule)
+    for half in gl.static_range(2):
+        mbarrier.wait(q_empty.index(half), (turn & 1) ^ 1)
+        tell(told, half, 0, 0, 0, 0)
+        mbarrier.arrive(q_full.index(half), count=1)
 
 
 @gluon.jit
@@ -112,7 +96,7 @@ def _edges(row, first, tiles, ROWS: gl.constexpr, KEYS: gl.constexpr):
 
     Those are left to right - 1.
     """
-    _, Start, End, num_rows, _ = tiles
+    Start, End, num_rows, _ = tiles
     rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, mma_layout(KEYS)))
     rows = gl.minimum(rows, num_rows - 1)  # past the end the last row again: it bounds nothing
     left = (gl.load(Start + gl.minimum(row + ROWS, num_rows) - 1) - first + KEYS - 1) // KEYS
@@ -130,7 +114,7 @@ def _softmax(scores, peak, log2_scale):
 @gluon.jit
 def _finish_lse(total, peak, old, new, row, head, tiles, ROWS: gl.constexpr, KEYS: gl.constexpr, FOLD: gl.constexpr):
     """Writes the lse of these rows. Returns the factors of this block's sums and of the old output."""
-    num_rows = tiles[3]
+    num_rows = tiles[2]
     OldLse, old_lse_stride = old[2], old[3]
     Lse, lse_stride = new[2], new[3]
     rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, mma_layout(KEYS)))
@@ -182,9 +166,9 @@ def _write(
     else:
         out = scaled(acc, decay, COLUMNS)
         if FOLD:
-            p_old, inside = pointers(old[0], old[1], row, head, tiles[3], ROWS, COLUMN, COLUMNS, D)
+            p_old, inside = pointers(old[0], old[1], row, head, tiles[2], ROWS, COLUMN, COLUMNS, D)
             out += scaled(gl.load(p_old, mask=inside, other=0.0), kept, COLUMNS)
-        p_new, inside = pointers(new[0], new[1], row, head, tiles[3], ROWS, COLUMN, COLUMNS, D)
+        p_new, inside = pointers(new[0], new[1], row, head, tiles[2], ROWS, COLUMN, COLUMNS, D)
         gl.store(p_new, out.to(new[0].dtype.element_ty), mask=inside)
 
 
@@ -199,8 +183,8 @@ def _multiply(  # noqa: PLR0915
     FOLD: gl.constexpr,
 ):
     """A warpgroup that multiplies: the first or second half of each tile's rows."""
-    tiles, num_turns, old, new, memory, signals, order, log2_scale = work
-    q_memory, k_memory, v_memory = memory
+    tiles, old, new, memory, signals, order, log2_scale = work
+    q_memory, k_memory, v_memory, told = memory
     q_full, q_empty, k_full, k_empty, v_full, v_empty = signals
     D0: gl.constexpr = split(D)[0]
     D1: gl.constexpr = split(D)[1]
@@ -209,14 +193,17 @@ def _multiply(  # noqa: PLR0915
     nothing = gl.zeros([HALF, KEYS], gl.float32, mma_layout(KEYS))
     lowest = gl.full([HALF], FLOOR, gl.float32, gl.SliceLayout(1, mma_layout(KEYS)))
     columns = gl.arange(0, KEYS, gl.SliceLayout(0, mma_layout(KEYS)))
+    q = tile(q_memory, WHICH)
+    turn = 0
     count = 0  # of key tiles
-    for turn in range(num_turns):
-        row, head, first, num_tiles = _bounds(turn, tiles, 2 * HALF, KEYS)
-        row += WHICH * HALF
+    mbarrier.wait(q_full.index(WHICH), 0)
+    num_tiles = hear(told, WHICH, 3)
+    while num_tiles > 0:
+        row = hear(told, WHICH, 0)
+        head = hear(told, WHICH, 1)
+        first = hear(told, WHICH, 2)
         start, end, left, right = _edges(row, first, tiles, HALF, KEYS)
         acc = zeros(HALF, D)
-        mbarrier.wait(q_full.index(WHICH), turn & 1)
-        q = tile(q_memory, WHICH)
 
         i = count % STAGES
         mbarrier.wait(k_full.index(i), (count // STAGES) & 1)
@@ -261,10 +248,13 @@ def _multiply(  # noqa: PLR0915
         _write(new, old, acc[0], decay, kept, row, head, tiles, HALF, 0, D0, D, FOLD)
         if D1 > 0:
             _write(new, old, acc[1], decay, kept, row, head, tiles, HALF, D0, D1, D, FOLD)
+        turn += 1
+        mbarrier.wait(q_full.index(WHICH), turn & 1)
+        num_tiles = hear(told, WHICH, 3)
 
 
 @gluon.jit(
-    do_not_specialize=["num_rows", "num_heads", "old_lse_stride", "lse_stride"],
+    do_not_specialize=["num_rows", "num_heads", "heads_at_once", "longest_run", "old_lse_stride", "lse_stride"],
     do_not_specialize_on_alignment=["Order", "Live", "Start", "End", "OldLse", "Lse"],
 )
 def forward_kernel(
@@ -274,6 +264,7 @@ def forward_kernel(
     k1_desc,
     v0_desc,
     v1_desc,
+    Drawn,
     Order,
     Live,
     Start,
@@ -285,6 +276,8 @@ def forward_kernel(
     scale,
     num_rows,
     num_heads,
+    heads_at_once,
+    longest_run,
     old_strides,
     out_strides,
     old_lse_stride,
@@ -297,23 +290,24 @@ def forward_kernel(
     FOLD: gl.constexpr,
     IN_PLACE: gl.constexpr,
 ):
-    """Grid: up to one program for each multiprocessor; HALF rows for each warpgroup.
+    """Grid: see `hopper_schedule.num_programs`; HALF rows for each warpgroup.
 
     FOLD: OldOut, OldLse are blocks before; IN_PLACE: they are Out, Lse as well, and only the Live [1] first tiles of
     Order are visited: those behind them span no key.
     """
     if IN_PLACE:
-        num_tiles = gl.load(Live) * num_heads
+        num_tiles = gl.load(Live)
     else:
-        num_tiles = (num_rows + 2 * HALF - 1) // (2 * HALF) * num_heads
-    num_turns = _num_turns(num_tiles)
-    tiles = (Order, Start, End, num_rows, num_heads)
+        num_tiles = (num_rows + 2 * HALF - 1) // (2 * HALF)
+    schedule = (Drawn, Order, num_tiles, heads_at_once, longest_run)
+    tiles = (Start, End, num_rows, num_heads)
     old = (OldOut, old_strides, OldLse, old_lse_stride)
     new = (Out, out_strides, Lse, lse_stride)
     memory = (
         buffers(q0_desc, q1_desc, 2, D),
         buffers(k0_desc, k1_desc, STAGES, D),
         buffers(v0_desc, v1_desc, STAGES, D),
+        gl.allocate_shared_memory(gl.int32, [8, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])),
     )
     signals = (
         barriers(2, 1),  # q_full, q_empty: a warpgroup's rows
@@ -325,23 +319,16 @@ def forward_kernel(
     )
     order = barriers(2, 1)  # whose turn it is to start products
     fence_async_shared()  # without it TMA might arrive at barriers that are not initialised in its eyes
-    work = (tiles, num_turns, old, new, memory, signals, order, scale * LOG2E)
+    work = (tiles, old, new, memory, signals, order, scale * LOG2E)
     descs = ((q0_desc, q1_desc), (k0_desc, k1_desc), (v0_desc, v1_desc))
     gl.warp_specialize(
         [
             (_multiply, (work, gl.constexpr(0), HALF, KEYS, D, STAGES, FOLD)),
             (_multiply, (work, gl.constexpr(1), HALF, KEYS, D, STAGES, FOLD)),
-            (_load_tiles, (tiles, num_turns, descs, memory, signals, GROUP, HALF, KEYS, STAGES)),
+            (_load_tiles, (schedule, tiles, descs, memory, signals, GROUP, HALF, KEYS, STAGES)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, LOADER_REGISTERS],
-    )
-
-
-def _live_tiles(visibility: Visibility, rows: int) -> Tensor:
-    """int32 [1]: how many tiles of `rows` query rows span a key. Counted on the device, on first use."""
-    return visibility.memo(
-        ("live_tiles", rows), lambda: visibility.tile_spans(rows).count_nonzero().to(torch.int32).reshape(1)
     )
 
 
@@ -361,12 +348,13 @@ def forward(
     (old_out, old_lse), (out, lse) = before_and_after(q, state, final)
     in_place = state is not None and not final
     order = visibility.longest_first(config.rows)
-    forward_kernel[(min(multiprocessors(q.device), len(order) * heads),)](
+    forward_kernel[(num_programs(visibility, config, heads),)](
         *operand(q, config.rows // 2),
         *operand(k, config.keys),
         *operand(v, config.keys),
+        tickets(q.device),
         order,
-        _live_tiles(visibility, config.rows) if in_place else order,
+        live_tiles(visibility, config.rows) if in_place else order,
         visibility.start,
         visibility.end,
         old_out,
@@ -376,6 +364,8 @@ def forward(
         scale,
         num_rows,
         heads,
+        heads_at_once(k, heads),
+        LONGEST_RUN,
         strides(old_out),
         strides(out),
         old_lse.stride(0),

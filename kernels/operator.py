@@ -12,8 +12,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .backend import block_backward, block_forward
 from .visibility import Visibility, check_cu_seqlens, document_bounds
 
+# Graphs that mode="reduce-overhead" records may keep no tensor but their outputs: the masks of a call are kept for all.
+KEPT_OUT_OF_GRAPHS = torch.Tag.cudagraph_unsafe
 
-@torch.library.custom_op("longtake::attention", mutates_args=())
+
+@torch.library.custom_op("longtake::attention", mutates_args=(), tags=[KEPT_OUT_OF_GRAPHS])
 def attention_operator(
     q: Tensor,
     k: Tensor,
@@ -49,7 +52,7 @@ def _(
     return q.new_empty(q.shape), q.new_empty((q.shape[-2], tokens), dtype=lse_dtype)
 
 
-@torch.library.custom_op("longtake::attention_backward", mutates_args=())
+@torch.library.custom_op("longtake::attention_backward", mutates_args=(), tags=[KEPT_OUT_OF_GRAPHS])
 def attention_backward_operator(
     q: Tensor,
     k: Tensor,
@@ -129,11 +132,11 @@ def _even_offsets(x: Tensor) -> tuple[int, ...]:
     return tuple(seq * i for i in range(batch + 1))
 
 
-_seen_offsets: Any = WeakIdKeyDictionary()  # cu_seqlens -> (version, offsets): each is read and checked once
+_seen_offsets: Any = WeakIdKeyDictionary()  # cu_seqlens -> (version, offsets): a GPU's is waited for once
 
 
 def _checked_offsets(cu_seqlens: Tensor, num_tokens: int) -> tuple[int, ...]:
-    version = None if cu_seqlens.is_inference() else cu_seqlens._version
+    version = None if cu_seqlens.is_cpu or cu_seqlens.is_inference() else cu_seqlens._version
     seen_version, offsets = _seen_offsets.get(cu_seqlens, (None, ()))
     if version is None or version != seen_version or offsets[-1] != num_tokens:
         check_cu_seqlens(cu_seqlens, num_tokens)

@@ -33,7 +33,7 @@ def forward(
     if state is None:
         dtype = torch.promote_types(q.dtype, torch.float32)
         state = (
-            torch.zeros_like(q, dtype=dtype),
+            q.new_zeros(q.shape, dtype=dtype),
             q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=dtype),
         )
     out, lse = state

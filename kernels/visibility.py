@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .device import to_device
+from .device import is_capturing, to_device
 from .tiles import Tile, plan_tiles
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
     """Raises ValueError where `cu_seqlens` is not a list of offsets that rises from 0 to `num_tokens`."""
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or cu_seqlens.is_floating_point():
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or cu_seqlens.dtype not in INTEGERS:
         got = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
         raise ValueError(f"cu_seqlens must be a 1-D integer tensor [num_docs + 1], got {got}")
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
@@ -34,9 +36,9 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
 
 
 def check_window(window: int | None) -> None:
-    """Raises ValueError for one that hides everything."""
-    if window is not None and window <= 0:
-        raise ValueError(f"window must be at least 1 (a token sees itself), got {window}; None: no window")
+    """Raises ValueError for one that hides everything, or that is no number of tokens."""
+    if window is not None and not (isinstance(window, int) and 0 < window < 2**62):
+        raise ValueError(f"window must be an integer from 1 (itself alone) to 2**62, got {window}; None: no window")
 
 
 def document_bounds(
@@ -120,15 +122,15 @@ class Visibility:
         rows = to_device(self.start, device), to_device(self.end, device)
         return Visibility(*rows, self.num_keys, host=self if self.start.is_cpu else None)
 
-    @cached_property
+    @property
     def kstart(self) -> Tensor:
         """int32 [num_keys], non-decreasing: key j is seen by the rows `kstart[j] <= i < kend[j]`."""
-        return self._rows_up_to_key(self.end)
+        return self.memo("kstart", lambda: self._rows_up_to_key(self.end))
 
-    @cached_property
+    @property
     def kend(self) -> Tensor:
         """See `kstart`."""
-        return self._rows_up_to_key(self.start)
+        return self.memo("kend", lambda: self._rows_up_to_key(self.start))
 
     def _rows_up_to_key(self, bounds: Tensor) -> Tensor:
         key = torch.arange(self.num_keys, dtype=torch.int32, device=bounds.device)
@@ -141,15 +143,25 @@ class Visibility:
         return int((counted.end - counted.start).sum(dtype=torch.int64))
 
     def memo(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` returned when it was first asked for under `key`: kept as long as the mask is."""
-        if key not in self._memo:
-            self._memo[key] = make()
-        return self._memo[key]
+        """What `make` returned when it was first asked for under `key`: kept as long as the mask is.
 
-    @cached_property
+        But not what is made while a CUDA graph is recorded: until its first replay that holds anything.
+        """
+        if key in self._memo:
+            return self._memo[key]
+        made = make()
+        if not is_capturing(self.start.device):
+            self._memo[key] = made
+        return made
+
+    @property
     def transposed(self) -> "Visibility":
         """The same mask with keys as rows: what a kernel that walks the queries of a key tile works on."""
-        return Visibility(self.kstart, self.kend, len(self.start), host=self.host and self.host.transposed)
+
+        def make() -> Visibility:
+            return Visibility(self.kstart, self.kend, len(self.start), host=self.host and self.host.transposed)
+
+        return self.memo("transposed", make)
 
     def tile_spans(self, rows: int) -> Tensor:
         """Keys that each tile of `rows` query rows spans, hidden ones between included: int32 [ceil(Tq / rows)]."""

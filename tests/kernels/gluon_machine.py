@@ -39,10 +39,53 @@ class Partition:
         self.stores: list[Shared] = []
 
 
+class Grid:
+    """The programs of a launch: one runs at a time, and who goes on is drawn where one meets the others."""
+
+    def __init__(self, seed: object) -> None:
+        self.random = random.Random(str(seed))
+        self.waiting: list[threading.Semaphore] = []
+        self.error: BaseException | None = None
+
+    def run(self, programs: Sequence[Callable[[], None]]) -> None:
+        """Runs them to their ends. Raises what the first that failed raised."""
+        threads = [threading.Thread(target=self._run, args=(program, self._wait())) for program in programs]
+        for thread in threads:
+            thread.start()
+        self._hand_over()
+        for thread in threads:
+            thread.join()
+        if self.error:
+            raise self.error
+
+    def meet(self) -> None:
+        """The running program goes on when it is drawn."""
+        may_go = self._wait()
+        self._hand_over()
+        may_go.acquire()
+
+    def _run(self, program: Callable[[], None], may_go: threading.Semaphore) -> None:
+        may_go.acquire()
+        try:
+            program()
+        except BaseException as error:
+            self.error = self.error or error
+        self._hand_over()
+
+    def _wait(self) -> threading.Semaphore:
+        self.waiting.append(threading.Semaphore(0))
+        return self.waiting[-1]
+
+    def _hand_over(self) -> None:
+        if self.waiting:
+            self.waiting.pop(self.random.randrange(len(self.waiting))).release()
+
+
 class Program:
     """One program of the grid. `copies`: TMA loads under way."""
 
-    def __init__(self, seed: object) -> None:
+    def __init__(self, grid: Grid, seed: object) -> None:
+        self.grid = grid
         self.random = random.Random(str(seed))
         self.partitions = [Partition()]
         self.running = self.partitions[0]
@@ -170,6 +213,9 @@ class Shared:
         self.program.meet()
 
     def load(self, _layout: object) -> np.ndarray:
+        if self.dtype is torch.int32:
+            check(not np.isnan(self.threads).any(), "numbers are read that nobody stored")
+            return self.threads.astype(np.int32)
         return self.threads.copy()
 
 

@@ -1,8 +1,9 @@
 """Runs a Gluon kernel for sm_90 on the CPU: its own source over NumPy, one thread for each partition of its warps.
 
 What the hardware leaves open is taken as badly as it may be, so that a program that relies on luck fails:
-- Partitions run one at a time; who goes on is drawn wherever they meet (barriers, copies, products), with long leads.
-  Where nobody can go on the kernel has a deadlock, and that is reported at once.
+- Programs run one at a time; who goes on is drawn where one adds to global memory.
+- So do the partitions of a program; who goes on is drawn wherever they meet (barriers, copies, products), with long
+  leads. Where nobody can go on the kernel has a deadlock, and that is reported at once.
 - mbarriers count arrivals, bytes and phases as the hardware does; an arrival too many is an error.
 - A TMA load destroys its buffer when it starts, and delivers and arrives at any later point.
 - A product or a TMA addition reads shared memory as late as the waits allow, and it is an error if what it reads
@@ -17,6 +18,7 @@ import inspect
 import itertools
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +30,18 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language import constexpr
 from triton.runtime.jit import JITFunction
 
-from tests.kernels.gluon_machine import Barrier, Descriptor, Pointers, Product, Program, Shared, check, load, store
+from tests.kernels.gluon_machine import (
+    Barrier,
+    Descriptor,
+    Grid,
+    Pointers,
+    Product,
+    Program,
+    Shared,
+    check,
+    load,
+    store,
+)
 
 
 def _to(x: Any, dtype: torch.dtype) -> Any:
@@ -93,7 +106,7 @@ def language(program: Program, ids: tuple[int, ...], grid: tuple[int, ...]) -> d
         return shared(dtype, tuple(shape))
 
     def shared(dtype: torch.dtype, shape: tuple[int, ...]) -> Shared:
-        threads, proxy = np.full((2, *shape), np.nan, np.float32)
+        threads, proxy = np.full((2, *shape), np.nan, np.float64 if dtype is torch.int32 else np.float32)
         return Shared(program, dtype, threads, proxy)
 
     def fence() -> None:
@@ -141,6 +154,13 @@ def language(program: Program, ids: tuple[int, ...], grid: tuple[int, ...]) -> d
         check(all(x.value is not None for x in deps), "a result is used that was not waited for")
         return deps[0].value if len(deps) == 1 else tuple(x.value for x in deps)
 
+    def atomic_add(pointers: Pointers, block: Any, mask: Any = True, sem: str = "") -> Any:
+        check(sem == "relaxed", "an addition that orders other memory")
+        program.grid.meet()
+        before = load(pointers, mask)
+        store(pointers, block, mask, add=True)
+        return before
+
     def where(condition: Any, a: Any, b: Any) -> Any:
         return np.where(condition, a, b) if np.ndim(condition) else (a if condition else b)
 
@@ -153,7 +173,7 @@ def language(program: Program, ids: tuple[int, ...], grid: tuple[int, ...]) -> d
         num_programs=lambda axis: np.int32(grid[axis]),
         load=load,
         store=store,
-        atomic_add=lambda p, block, mask, sem: store(p, block, mask, add=True),
+        atomic_add=atomic_add,
         minimum=np.minimum,
         maximum=np.maximum,
         where=where,
@@ -171,6 +191,8 @@ def language(program: Program, ids: tuple[int, ...], grid: tuple[int, ...]) -> d
         NVMMASharedLayout=SimpleNamespace(get_default_for=nothing),
         DotOperandLayout=nothing,
         SliceLayout=nothing,
+        BlockedLayout=nothing,
+        SwizzledSharedLayout=nothing,
         float32=torch.float32,
         int32=torch.int32,
         int64=torch.int64,
@@ -223,11 +245,14 @@ class Threads:
         def launch(*args: Any, num_warps: int, enable_fp_fusion: bool, **kwargs: Any) -> None:
             check(num_warps == 4, "a consumer is a warpgroup of four warps")
             given = dict(zip(self.kernel.arg_names, map(_plain, args), strict=False)) | kwargs
-            for ids in itertools.product(*map(range, grid)):
-                program = Program((self.seed, ids))
-                names = self.names | language(program, ids, grid)
+            programs = Grid(self.seed)
+
+            def run(ids: tuple[int, ...]) -> None:
+                names = self.names | language(Program(programs, (self.seed, ids)), ids, grid)
                 exec(self.code, names)
                 names[self.kernel.fn.__name__](**given)
+
+            programs.run([partial(run, ids) for ids in itertools.product(*map(range, grid))])
 
         return launch
 

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -154,7 +155,12 @@ def test_no_keys_at_all() -> None:
         ((1, 4, 2, 8), (4, 2, 8), (4, 2, 8), {}, "k must match q in batch and head_dim"),
         ((1, 4, 7, 8), (1, 4, 2, 8), (1, 4, 2, 8), {}, "heads must be a multiple of k's, got 7 and 2"),
         ((1, 4, 7, 8), (1, 4, 0, 8), (1, 4, 0, 8), {}, "heads must be a multiple of k's, got 7 and 0"),
-        ((4, 2, 8), (4, 2, 8), (4, 2, 8), {"window": 0}, "window must be at least 1 .*got 0"),
+        ((4, 2, 0), (4, 2, 0), (4, 2, 0), {}, r"head_dim must be at least 1, got q \[4, 2, 0\]"),
+        ((4, 2, 8), (4, 2, 8), (4, 2, 8), {"window": 0}, "window must be an integer from 1 .*got 0"),
+        ((4, 2, 8), (4, 2, 8), (4, 2, 8), {"window": 2.5}, "window must be an integer .*got 2.5"),
+        ((4, 2, 8), (4, 2, 8), (4, 2, 8), {"window": 2**63 - 1}, r"to 2\*\*62, got 9223372036854775807"),
+        ((4, 2, 8), (4, 2, 8), (4, 2, 8), {"scale": 0.0}, "scale must be finite and above 0, got 0.0: negate q"),
+        ((4, 2, 8), (4, 2, 8), (4, 2, 8), {"scale": math.nan}, "scale must be finite and above 0, got nan"),
         ((4, 2, 8), (4, 2, 8), (4, 2, 8), {"backend": "tritn"}, "unknown backend 'tritn'.* one of cpu, reference"),
         ((4, 2, 8), (4, 2, 8), (4, 2, 8), {"cu_seqlens": [1, 4]}, "cu_seqlens must start at 0, got 1"),
         ((4, 2, 8), (4, 2, 8), (4, 2, 8), {"cu_seqlens": [0, 3, 2, 4]}, "cu_seqlens must not decrease"),
@@ -168,6 +174,20 @@ def test_mistakes_are_named(q: tuple, k: tuple, v: tuple, options: dict, message
         options = options | {"cu_seqlens": torch.tensor(options["cu_seqlens"])}
     with pytest.raises(ValueError, match=message):
         attention(random(*q), random(*k), random(*v), **options)
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "message"),
+    [
+        (torch.zeros(2, device="meta"), "cu_seqlens must be on the CPU or on cpu with q, got meta"),
+        (torch.tensor([0, 4], dtype=torch.uint16), r"1-D integer tensor \[num_docs \+ 1\], got torch.uint16"),
+        (torch.tensor([0, 4j]), r"1-D integer tensor \[num_docs \+ 1\], got torch.complex64"),
+    ],
+)
+def test_cu_seqlens_of_another_kind(cu_seqlens: Tensor, message: str) -> None:
+    q = random(4, 2, 8)
+    with pytest.raises(ValueError, match=message):
+        attention(q, q, q, cu_seqlens=cu_seqlens)
 
 
 def test_mixed_dtypes_are_named() -> None:

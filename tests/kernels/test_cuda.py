@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from longtake.kernels import cuda, table
+from longtake.bench.recorder import CompileOnly
+from longtake.kernels import blocks, cuda, table
 from longtake.kernels.backend import block_backward, block_forward
 from longtake.kernels.blocks import is_aligned
 from longtake.kernels.candidates import Config
@@ -108,6 +109,15 @@ def test_a_head_dim_of_no_whole_16_bytes(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found["triton"], found["reference"], rtol=2e-3, atol=4e-3)
 
 
+@pytest.mark.parametrize(("capability", "uses"), [(80, False), (90, True), (100, False), (120, False)])
+def test_tma_serves_on_hopper_alone(capability: int, uses: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(blocks.driver, "_active", CompileOnly(capability))
+    q = torch.randn(8, 2, 64).half()
+    assert blocks.use_tma(q) is uses
+    assert not blocks.use_tma(q, q[..., :60])
+
+
 def test_what_is_carried_must_be_aligned() -> None:
     visibility = shard_visibility(20)
     q, k, v, dout = tensors(visibility)
@@ -198,15 +208,14 @@ def test_the_fused_backward_serves_where_it_is_ahead_and_asked_for(
     [
         ({"dtype": torch.float64}, r"q, k, v must be .*, got torch.float64: cast, or backend='reference'"),
         ({"head_dim": 264}, r"head_dim must be at most 256, got 264"),
-        ({"scale": 0.0}, r"scale must be above 0, got 0.0"),
         ({"backend": "gluon"}, r"none of flash_dkdv, flash_dq, hopper_backward, hopper_forward serves forward"),
     ],
 )
 def test_what_no_kernel_takes(change: dict[str, Any], message: str) -> None:
-    call = {"dtype": torch.float32, "head_dim": 16, "scale": 1.0, "backend": "triton"} | change
+    call = {"dtype": torch.float32, "head_dim": 16, "backend": "triton"} | change
     q = torch.zeros(20, 2, call["head_dim"], dtype=call["dtype"])
     with pytest.raises(ValueError, match=message):
-        block_forward(q, q, q, shard_visibility(20), scale=call["scale"], backend=call["backend"])
+        block_forward(q, q, q, shard_visibility(20), scale=1.0, backend=call["backend"])
 
 
 def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from longtake.kernels import hopper_forward, reference
+from longtake.kernels import hopper_forward, hopper_schedule, reference
 from longtake.kernels.candidates import Config
 from longtake.kernels.visibility import Visibility
 from torch import Tensor
@@ -36,7 +36,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.full(torch.Size(shape) if isinstance(shape[0], int) else shape[0], torch.nan, dtype=dtype)
 
     monkeypatch.setattr(hopper_forward, "forward_kernel", Threads(KERNEL))
-    monkeypatch.setattr(hopper_forward, "multiprocessors", lambda device: 3)
+    monkeypatch.setattr(hopper_schedule, "multiprocessors", lambda device: 3)
     monkeypatch.setattr(torch, "empty", empty)
 
 
@@ -79,8 +79,35 @@ def test_tiles_and_depths_of_the_ring(stages: int, keys: int) -> None:
 
 @pytest.mark.parametrize("programs", [1, 2, 5, 132])
 def test_numbers_of_multiprocessors(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper_forward, "multiprocessors", lambda device: programs)
+    monkeypatch.setattr(hopper_schedule, "multiprocessors", lambda device: programs)
     assert_small(errors(cases()["causal"], 3, 1))
+
+
+@pytest.mark.parametrize("fit", [0, 1, 2, 4])
+def test_heads_at_once(fit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    visibility = cases()["causal"]
+    monkeypatch.setattr(hopper_schedule, "L2_BYTES", fit * 2 * visibility.num_keys * 64 * 4)
+    assert_small(errors(visibility, 10, 5))
+
+
+@pytest.mark.parametrize("longest_run", [1, 3, 7])
+@pytest.mark.parametrize("mask", ["causal", "nothing", "zigzag on another"])
+def test_programs_that_make_room(mask: str, longest_run: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (hopper_forward, hopper_schedule):
+        monkeypatch.setattr(module, "LONGEST_RUN", longest_run)
+    monkeypatch.setattr(hopper_schedule, "multiprocessors", lambda device: 1)
+    assert_small(errors(cases()[mask], 6, 3))
+
+
+def test_as_many_programs_as_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    visibility = shard_visibility(4096, causal=False)
+    tiles_of_128 = Config("hopper_forward", 128, 128, 4, 2)
+    num_visited = 32 * 33  # key tiles of a head, and one more for each tile
+    assert hopper_schedule.num_programs(visibility, tiles_of_128, 2) == 3 + 2 * num_visited // 256
+    assert hopper_schedule.num_programs(visibility, Config("hopper_forward", 4096, 128, 4, 2), 2) == 2
+    monkeypatch.setattr(hopper_schedule, "is_capturing", lambda device: True)
+    monkeypatch.setattr(Visibility, "visited", lambda *_: pytest.fail("reads from the device"))
+    assert hopper_schedule.num_programs(visibility, tiles_of_128, 2) == 3 + 2 * num_visited // 256
 
 
 @pytest.mark.parametrize("seed", range(1, 6))
@@ -177,10 +204,14 @@ def test_offsets_beyond_32_bits() -> None:
 
 ARRIVE_K = "mbarrier.arrive(k_empty.index(i), count=1)"
 FIRST = "scores = warpgroup_mma_wait(0, deps=[products(q, tile(k_memory, i), nothing)])"
+WAIT_Q = "            mbarrier.wait(q_empty.index(half), (turn & 1) ^ 1)\n"
+TELL = "            tell(told, half, row + half * HALF, head, first, num_tiles)\n"
+COPY_Q = "            copy(q, head, row + half * HALF, q_memory, half, q_full.index(half), 0)\n"
 BUGS = {
     "scores: keys not waited for": ("            mbarrier.wait(k_full.index(i), ((count + j) // STAGES) & 1)\n", ""),
     "first scores: keys not waited for": ("        mbarrier.wait(k_full.index(i), (count // STAGES) & 1)\n", ""),
     "queries not waited for": ("        mbarrier.wait(q_full.index(WHICH), turn & 1)\n", ""),
+    "first queries not waited for": ("    mbarrier.wait(q_full.index(WHICH), 0)\n", ""),
     "values not waited for": ("            mbarrier.wait(v_full.index(before), before_phase)\n", ""),
     "last values not waited for": ("        mbarrier.wait(v_full.index(i), ((count - 1) // STAGES) & 1)\n", ""),
     "keys given back under their products": (
@@ -202,7 +233,7 @@ BUGS = {
     ),
     "loader: free keys not waited for": ("            mbarrier.wait(k_empty.index(i), phase ^ 1)\n", ""),
     "loader: free values not waited for": ("            mbarrier.wait(v_empty.index(i), phase ^ 1)\n", ""),
-    "loader: free queries not waited for": ("            mbarrier.wait(q_empty.index(half), (turn & 1) ^ 1)\n", ""),
+    "loader: free queries not waited for": (WAIT_Q, ""),
     "loader: wrong phase": ("(turn & 1) ^ 1", "turn & 1"),
     "phase of the ring stuck": ("((count + j) // STAGES) & 1", "0"),
     "phase of the queries stuck": (
@@ -231,19 +262,22 @@ BUGS = {
     "rows past the end": ("rows = gl.minimum(rows, num_rows - 1)", "rows = rows"),
     "rows past the end written": ("inside = (rows < num_rows)[:, None]", "inside = (rows >= 0)[:, None]"),
     "columns past the end written": ("inside = inside & (columns < D)[None, :]", "inside = inside"),
-    "a tile too many": ("< num_tiles % gl.num_programs(0)", "<= num_tiles % gl.num_programs(0)"),
-    "rounds that do not run backwards everywhere": (
-        "full + gl.where(_place(full) <",
-        "full + gl.where(gl.program_id(0) <",
-    ),
+    "a tile too many": ("while ticket < num_tickets", "while ticket <= num_tickets"),
+    "a tile too few": ("while ticket < num_tickets", "while ticket < num_tickets - 1"),
+    "a tile told while the one before may be read": (WAIT_Q + TELL, TELL + WAIT_Q),
+    "a tile told too late": (TELL + COPY_Q, COPY_Q + TELL),
+    "the end not told": ("        mbarrier.arrive(q_full.index(half), count=1)\n", ""),
+    "the last heads counted as all others": ("gl.minimum(at_once, num_heads - first_head)", "at_once"),
     "one key head for all": ("head // GROUP", "head * 0"),
     "output not rescaled": ("acc = scaled_parts(acc, decay, D)", "pass"),
 }
 
 
 def planted_errors() -> list[float]:
-    """Of a call that has every edge there is, 3 programs of 5 or 6 tiles."""
-    return errors(shard_visibility(120, window=70), head_dim=72, keys=16)
+    """Of a call that has every edge there is, 24 tiles for 3 programs, two key heads before the third."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hopper_schedule, "L2_BYTES", 2 * 2 * 120 * 72 * 4)
+        return errors(shard_visibility(120, window=70), 6, 3, head_dim=72, keys=16)
 
 
 @pytest.mark.parametrize("bug", BUGS)

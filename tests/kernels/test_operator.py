@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from longtake.kernels import operator
@@ -35,6 +36,16 @@ def test_it_is_a_well_made_operator(backend: str, packed: bool) -> None:
     out, lse = attention_operator(q, k, v, *options)
     torch.library.opcheck(attention_backward_operator, (q, k, v, out, lse, out, lse, *options))
     torch.library.opcheck(attention_backward_operator, (q, k, v, out, lse, None, lse, *options))
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_heads_before_tokens(backend: str, deterministic: bool) -> None:
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs(1, 20))
+    options = (None, True, 5, 0.25, deterministic, backend)
+    torch.library.opcheck(attention_operator, tuple(x.clone().requires_grad_() for x in (q, k, v)) + options)
+    out, lse = attention_operator(q, k, v, *options)
+    torch.library.opcheck(attention_backward_operator, (q, k, v, out, lse, out, lse, *options))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -73,12 +84,18 @@ def test_fake_tensors_have_the_shapes_of_the_real_ones() -> None:
     assert [(x.shape, x.dtype, x.stride()) for x in fake] == [(x.shape, x.dtype, x.stride()) for x in real]
 
 
+class OnGpu(Tensor):
+    """On the CPU, but does not say so."""
+
+    is_cpu = False  # pyright: ignore[reportAssignmentType]
+
+
 def test_one_mask_serves_all_layers_and_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = []
     check = operator.check_cu_seqlens
     monkeypatch.setattr(operator, "check_cu_seqlens", lambda *arguments: (checks.append(arguments), check(*arguments)))
     q, k, _ = inputs(20)
-    cu_seqlens = torch.tensor([0, 3, 20])
+    cu_seqlens = torch.tensor([0, 3, 20]).as_subclass(OnGpu)
     first = operator.visibility_of(q, k, cu_seqlens, True, None)
     assert operator.visibility_of(q, k, cu_seqlens, True, None) is first
     assert operator.visibility_of(q, k, torch.tensor([0, 3, 20]), True, None) is first
@@ -88,6 +105,17 @@ def test_one_mask_serves_all_layers_and_is_checked_once(monkeypatch: pytest.Monk
     assert len(checks) == 3
     with pytest.raises(ValueError, match="must end at the number of tokens, 19, got 20"):
         operator.visibility_of(q[:19], k[:19], cu_seqlens, True, None)
+
+
+def test_tensors_on_the_cpu_are_read_every_time() -> None:
+    q, k, _ = inputs(20)
+    offsets = np.array([0, 3, 20])
+    cu_seqlens = torch.from_numpy(offsets)
+    assert operator.visibility_of(q, k, cu_seqlens, True, None).start[4] == 3
+    offsets[1] = 4
+    assert operator.visibility_of(q, k, cu_seqlens, True, None).start[4] == 4
+    cu_seqlens.data[1] = 5
+    assert operator.visibility_of(q, k, cu_seqlens, True, None).start[4] == 0
 
 
 def test_inference_tensors_are_read_every_time() -> None:

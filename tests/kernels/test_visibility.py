@@ -1,5 +1,6 @@
 import pytest
 import torch
+from longtake.kernels import visibility as visibility_module
 from longtake.kernels.visibility import Visibility, document_bounds, mask_bounds
 
 from tests.kernels.masks import dense, random_visibility
@@ -78,7 +79,7 @@ def test_bad_cu_seqlens_are_refused(cu_seqlens: list, message: str) -> None:
 
 @pytest.mark.parametrize("window", [0, -3])
 def test_a_window_that_hides_the_token_itself_is_refused(window: int) -> None:
-    with pytest.raises(ValueError, match=f"window must be at least 1 .*got {window}"):
+    with pytest.raises(ValueError, match=f"window must be an integer from 1 .*got {window}"):
         mask_bounds(torch.arange(10), num_tokens=10, window=window)
 
 
@@ -113,3 +114,15 @@ def test_transposed_swaps_rows_and_keys() -> None:
     back = visibility.transposed.transposed
     for row in ("start", "end", "kstart", "kend"):
         assert torch.equal(getattr(back, row), getattr(visibility, row))
+
+
+def test_what_is_made_while_a_graph_is_recorded_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = random_visibility(3)
+    before = mask.longest_first(8)
+    with monkeypatch.context() as patch:
+        patch.setattr(visibility_module, "is_capturing", lambda device: True)
+        assert mask.longest_first(8) is before
+        recorded = [mask.longest_first(4), mask.kstart, mask.kend, mask.transposed]
+    after = [mask.longest_first(4), mask.kstart, mask.kend, mask.transposed]
+    assert not any(x is y for x, y in zip(after, recorded, strict=True))
+    assert mask.transposed is after[-1]
