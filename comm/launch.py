@@ -73,23 +73,34 @@ def share_cores(local_world_size: int) -> None:
 def take_device(local_rank: int, local_world_size: int, *, share_gpu: bool = False) -> str:
     """Make this rank's GPU the current one, where there are any; returns the backends of the process group.
 
+    PyTorch's memory on it grows in place, where the environment does not say otherwise: sequences of another length in
+    every step leave blocks behind that no later one fits. To be called before anything is put on a GPU.
     Ranks that share a GPU are hosts of their own to NCCL, which talk over loopback: it refuses two on one GPU.
-    Raises ValueError for more ranks than GPUs without share_gpu.
+    Where CUDA_VISIBLE_DEVICES names one GPU alone, the launcher has chosen it for this rank.
+    Raises ValueError for more ranks than GPUs otherwise, without share_gpu.
     """
     if not torch.cuda.is_available():
         return "gloo"
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # PYTORCH_CUDA_ALLOC_CONF goes before it
+    os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")  # NCCL reads it at its first launch: see nccl.py
     num_gpus = torch.cuda.device_count()
-    if local_world_size > num_gpus:
-        if not share_gpu:
-            raise ValueError(
-                f"{local_world_size} ranks on this host, but {num_gpus} GPUs: take a smaller grid, "
-                "or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU"
-            )
+    if share_gpu and local_world_size > num_gpus:
         os.environ["NCCL_HOSTID"] = f"longtake-{os.getpid()}"  # NCCL before 2.30
         os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"  # and from then on
         os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+    elif "," in os.environ.get("CUDA_VISIBLE_DEVICES", ","):  # not one alone
+        refuse_too_many(local_world_size)
     torch.cuda.set_device(local_rank % num_gpus)
     return "cpu:gloo,cuda:nccl"
+
+
+def refuse_too_many(num_ranks: int) -> None:
+    """Raises ValueError where this host has GPUs, but fewer than ranks."""
+    if torch.cuda.is_available() and num_ranks > (num_gpus := torch.cuda.device_count()):
+        raise ValueError(
+            f"{num_ranks} ranks on this host, but {num_gpus} GPUs: take a smaller grid, "
+            "or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU"
+        )
 
 
 def _join(body: Callable[..., Any], args: tuple[Any, ...], timeout: timedelta, share_gpu: bool) -> Any:
@@ -106,6 +117,8 @@ def _join(body: Callable[..., Any], args: tuple[Any, ...], timeout: timedelta, s
 def _start(
     body: Callable[..., Any], args: tuple[Any, ...], world_size: int, timeout: timedelta, share_gpu: bool
 ) -> Any:
+    if not share_gpu:
+        refuse_too_many(world_size)  # here: ranks started by this process see the same GPUs, be it one alone
     multiprocessing.set_forkserver_preload(["torch", "torch.distributed", body.__module__])
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(name).addHandler(logging.NullHandler())  # what they would log is raised below

@@ -19,8 +19,9 @@ from .nccl import NcclTransport
 from .torch_transport import TorchTransport
 from .transport import Transport
 
-Axis = Literal["world", "data", "sp", "ring", "ulysses"]
-AXES: tuple[Axis, ...] = ("world", "data", "sp", "ring", "ulysses")
+Axis = Literal["sp", "ring", "ulysses", "data", "world"]
+TENSOR_AXES: tuple[Axis, ...] = ("sp", "ring", "ulysses")  # along which `Mesh.transport` moves tensors
+AXES: tuple[Axis, ...] = (*TENSOR_AXES, "data", "world")  # in this order an axis has one tag in both transports
 DEADLINE = timedelta(minutes=10)
 
 
@@ -80,8 +81,8 @@ class Mesh(Grid):
             raise ValueError(f"{grid}, but the world has {world_size}")
         super().__init__(dist.get_rank() if initialised else 0, data=data, ring=ring, ulysses=ulysses)
         self.device = default_device() if device is None else torch.device(device)
-        axes = {axis: self.axis_ranks(axis) for axis in AXES}
-        self.host = TorchTransport(self.rank, axes, deadline=deadline)
+        self.host = TorchTransport(self.rank, {axis: self.axis_ranks(axis) for axis in AXES}, deadline=deadline)
+        axes = {axis: self.axis_ranks(axis) for axis in TENSOR_AXES}
         self.transport: Transport = TorchTransport(self.rank, axes, deadline=deadline)
         if transport == "nccl" or (transport is None and self.device.type == "cuda"):
             self.transport = NcclTransport(
@@ -105,6 +106,16 @@ class Mesh(Grid):
         received = [payload.new_empty(num_bytes) for num_bytes in sizes.flatten().tolist()]
         self.host.all_to_all(axis, [[payload]] * num_peers, [[buffer] for buffer in received])
         return [pickle.loads(buffer.numpy().tobytes()) for buffer in received]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Mesh":
+        """Itself: what stands on a mesh, a model or a plan, is copied without it."""
+        return self
+
+    def __getstate__(self) -> object:
+        raise ValueError(
+            "a mesh cannot be pickled, it stands on the groups of its process: make one in each. For a model that was "
+            "enabled on it: disable(model) before, enable(model, mesh) after"
+        )
 
     def barrier(self) -> None:
         """Wait until every rank of the world is here."""

@@ -1,22 +1,26 @@
 """The transport over NCCL communicators of our own, through CuPy's bindings, which take pointers and streams as ints.
 
-One communicator and one high-priority stream for each axis of the mesh. A transfer waits on the GPU for the current
-stream, which has written what is sent and has done with the buffers that are filled; who needs the result has the
-current stream wait for it. The host waits for nothing.
+One communicator and one high-priority stream for each axis along which tensors travel. A transfer waits on the GPU for
+the current stream, which has written what is sent and has done with the buffers that are filled; who needs the result
+has the current stream wait for it. The host waits for nothing.
 
 NCCL runs the operations of one communicator in the order of its calls. Where several communicators share a GPU (ours
 and those of torch.distributed, which FSDP2 uses), all ranks must issue the operations of all of them in one order: a
 rank whose GPU is filled by A, waiting for a peer whose GPU is filled by B, hangs. One program on all ranks, from one
 thread at a time, does that; and NCCL (from 2.26 on) then keeps this order on the GPU as well, by
-NCCL_LAUNCH_ORDER_IMPLICIT, which is set here.
+NCCL_LAUNCH_ORDER_IMPLICIT, which is set here: in time, where the process has launched nothing of NCCL's before.
+
+Transfers that are recorded into a CUDA graph are not under the watchdog's eyes.
 """
 
+import ctypes
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +32,7 @@ from .watchdog import Flight, Lane, Watchdog
 
 Piece = tuple[int, Tensor]  # the peer along the axis, and what goes to it or comes from it
 HIGH_PRIORITY = -1
+RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 def load_nccl() -> ModuleType:
@@ -61,8 +66,8 @@ class NcclTransport:
     """See Transport. Collective along all axes, when built.
 
     axes: the global ranks along each axis through `rank`; axes of the same ranks share a communicator. gather: every
-    rank's object along an axis, over the CPU. nccl, cuda: cupy.cuda.nccl and torch.cuda. Raises ValueError without
-    CuPy or a GPU.
+    rank's object along an axis, over the CPU. nccl, cuda, driver: cupy.cuda.nccl, torch.cuda and CUDA's driver.
+    Where no axis has two ranks, nothing is needed; else raises ValueError without CuPy or a GPU.
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class NcclTransport:
         deadline: timedelta,
         nccl: Any = None,
         cuda: Any = torch.cuda,
+        driver: Any = None,
     ) -> None:
         self.rank, self.axes, self.device, self.cuda = rank, dict(axes), device, cuda
         self.bytes_sent = dict.fromkeys(self.axes, 0)
@@ -88,7 +94,10 @@ class NcclTransport:
         os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
         for ranks in shared.values():
             self.lanes.setdefault(tuple(ranks), Lane(cuda.Stream(device, priority=HIGH_PRIORITY)))
-        watchdog = Watchdog(list(self.lanes.values()), deadline=deadline)
+        lanes = list(self.lanes.values())
+        driver = ctypes.CDLL("libcuda.so.1") if driver is None else driver
+        prepare = partial(_allow_queries, lanes[0].stream.device, cuda, driver)
+        watchdog = Watchdog(lanes, deadline=deadline, prepare=prepare)
         watchdog.start()
         weakref.finalize(self, watchdog.stop)
         for axis, ranks in shared.items():
@@ -145,7 +154,8 @@ class NcclTransport:
         with self.cuda.device(self.device):
             flight = Flight(operation, self._current_stream().record_event(), tensors)
             lane.stream.wait_event(flight.ready)
-            lane.flights.append(flight)
+            if not self.cuda.is_current_stream_capturing():  # nobody may query a recorded event
+                lane.flights.append(flight)
             yield flight
             flight.done = lane.stream.record_event()
 
@@ -171,6 +181,13 @@ class NcclTransport:
 
     def _current_stream(self) -> Any:
         return self.cuda.current_stream(self.device)
+
+
+def _allow_queries(device: torch.device, cuda: Any, driver: Any) -> None:
+    """Let this thread query events of `device`, also while another thread records a graph, which it would spoil."""
+    cuda.set_device(device)  # a thread begins on GPU 0, and would make a context there
+    if error := driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(ctypes.c_int(RELAXED))):
+        raise RuntimeError(f"cuThreadExchangeStreamCaptureMode: CUDA error {error}")
 
 
 def _pieces(by_peer: Sequence[Sequence[Tensor]], *, but: int) -> list[Piece]:

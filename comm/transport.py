@@ -28,7 +28,7 @@ class Handle(Protocol):
 
 
 class Transport(Protocol):
-    """Transfers along an axis ("world", "data", "sp", "ring", "ulysses"); peers are indices along it.
+    """Transfers along an axis ("sp", "ring", "ulysses"); peers are indices along it.
 
     bytes_sent: per axis, the bytes that left this rank for another rank.
     """

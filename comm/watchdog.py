@@ -1,10 +1,10 @@
 """Sees transfers on a GPU fail or take too long, which their caller cannot: it launches and goes on.
 
-A dead peer leaves a kernel that never ends; every later wait for the GPU would hang. So a thread polls what is in
-flight, and ends the process with a word on what failed. The launcher then ends the other ranks.
+A dead peer leaves a kernel that never ends; every later wait for the GPU would hang, and so would aborting one
+communicator while its kernels wait for another's. So a thread polls what is in flight, says what failed, and ends the
+process, which ends its kernels. The launcher then ends the other ranks; without one, their own deadlines do.
 """
 
-import logging
 import os
 import sys
 import threading
@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 from .transport import Operation
 
-log = logging.getLogger(__name__)
 EXIT_CODE = 75  # EX_TEMPFAIL: a rank or a link failed, the same command may go through
 
 
@@ -52,22 +51,29 @@ class Lane:
 
 def end_process(message: str) -> None:
     """Without cleaning up: that would wait for the GPU."""
-    print(f"longtake: {message}", file=sys.stderr, flush=True)
-    os._exit(EXIT_CODE)
+    try:
+        print(f"longtake: {message}", file=sys.stderr, flush=True)
+    finally:  # also where nobody reads what is printed
+        os._exit(EXIT_CODE)
 
 
 class Watchdog:
-    """Polls the lanes in a thread of its own. A transfer's clock starts when its operands are ready."""
+    """Polls the lanes in a thread of its own. A transfer's clock starts when its operands are ready.
+
+    prepare: the thread's first act. fail: told what is wrong, also where the thread itself cannot go on; its last act.
+    """
 
     def __init__(
         self,
         lanes: list[Lane],
         *,
         deadline: timedelta,
+        prepare: Callable[[], None] = lambda: None,
         fail: Callable[[str], None] = end_process,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.lanes, self.deadline, self.fail, self.clock = lanes, deadline.total_seconds(), fail, clock
+        self.lanes, self.deadline, self.clock = lanes, deadline.total_seconds(), clock
+        self.prepare, self.fail = prepare, fail
         self.stopped = threading.Event()
 
     def start(self) -> None:
@@ -77,13 +83,15 @@ class Watchdog:
         self.stopped.set()
 
     def _run(self) -> None:
-        while not self.stopped.wait(min(1.0, self.deadline / 10)):
-            if (problem := self.poll()) is not None:
-                for lane in self.lanes:
-                    if lane.communicator is not None:
-                        lane.communicator.abort()
-                self.fail(problem)
-                return
+        problem = None
+        try:
+            self.prepare()
+            while problem is None and not self.stopped.wait(min(1.0, self.deadline / 10)):
+                problem = self.poll()
+        except Exception as error:  # of CUDA, whoever caused it: a thread that ends would leave hangs unseen
+            problem = f"transfers cannot be watched: {error}"
+        if problem is not None:
+            self.fail(problem)
 
     def poll(self) -> str | None:
         """Forget what has ended; the first problem in words, or None."""

@@ -146,8 +146,8 @@ class World:
 
 
 class Stream:
-    def __init__(self, world: World) -> None:
-        self.world, self.items, self.groups = world, deque(), []
+    def __init__(self, world: World, device: torch.device) -> None:
+        self.world, self.items, self.groups, self.device = world, deque(), [], device
         self.behind_current = False
         self.cuda_stream = id(self)
         with world.changed:
@@ -177,10 +177,12 @@ class CurrentStream:
 
 
 class FakeCuda:
-    """Stands for torch.cuda."""
+    """Stands for torch.cuda, and for CUDA's driver. prepared: what threads set of their own state, in order."""
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self.capturing = False  # the current stream
+        self.prepared: list[tuple[str, Any]] = []
 
     def is_available(self) -> bool:
         return True
@@ -190,7 +192,17 @@ class FakeCuda:
 
     def Stream(self, device: torch.device, priority: int) -> Stream:
         assert priority < 0, "transfers go before kernels"
-        return Stream(self.world)
+        return Stream(self.world, device)
+
+    def is_current_stream_capturing(self) -> bool:
+        return self.capturing
+
+    def set_device(self, device: torch.device) -> None:
+        self.prepared.append((threading.current_thread().name, device))
+
+    def cuThreadExchangeStreamCaptureMode(self, mode: Any) -> int:
+        self.prepared.append((threading.current_thread().name, mode._obj.value))
+        return 0
 
     def current_stream(self, device: torch.device) -> CurrentStream:
         return CurrentStream(self.world)
@@ -244,7 +256,6 @@ class Communicator:
 
     def __init__(self, nccl: FakeNccl, name: bytes, rank: int) -> None:
         self._nccl, self._name, self._rank = nccl, name, rank
-        self.aborted = False
 
     def send(self, sendbuf: int, count: int, datatype: int, peer: int, stream: int) -> None:
         self._add(Op(sendbuf, count, datatype, (self._name, self._rank, peer), True), stream)
@@ -254,9 +265,6 @@ class Communicator:
 
     def check_async_error(self) -> None:
         pass
-
-    def abort(self) -> None:
-        self.aborted = True
 
     def _add(self, op: Op, stream: int) -> None:
         assert self._nccl.group is not None, "an operation outside of a group"

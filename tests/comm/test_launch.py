@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
-from longtake.comm.launch import RankError, launch
+from longtake.comm.launch import RankError, launch, take_device
 from longtake.comm.mesh import Mesh
 
 from tests.comm import launch_bodies
@@ -133,3 +134,81 @@ def test_a_grid_that_is_not_the_world_of_torchrun_is_refused(monkeypatch: pytest
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="torchrun started 2 ranks, but the grid has 4"):
         launch(launch_bodies.report, 4, world_size=4)
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None, int], list[int]]:
+    """Stands in for `num` visible GPUs; returns the list of those that are taken."""
+
+    def show(visible: str | None, num: int) -> list[int]:
+        taken: list[int] = []
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        for name in ("NCCL_LAUNCH_ORDER_IMPLICIT", "PYTORCH_ALLOC_CONF"):
+            monkeypatch.setenv(name, "unset after the test")
+            monkeypatch.delenv(name)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: num)
+        monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+        return taken
+
+    return show
+
+
+def test_a_rank_that_sees_one_gpu_of_its_own_takes_it(gpus: Callable[[str | None, int], list[int]]) -> None:
+    for visible in ("5", "GPU-8932f937"):
+        taken = gpus(visible, 1)
+        assert take_device(3, 8) == "cpu:gloo,cuda:nccl" and taken == [0]
+        assert os.environ["NCCL_LAUNCH_ORDER_IMPLICIT"] == "1"
+    taken = gpus(None, 8)
+    take_device(3, 8)
+    assert taken == [3]
+
+
+def test_more_ranks_than_gpus_are_refused(gpus: Callable[[str | None, int], list[int]]) -> None:
+    for visible, num in ((None, 1), (None, 2), ("0,1", 2)):
+        gpus(visible, num)
+        with pytest.raises(ValueError, match=f"3 ranks on this host, but {num} GPUs"):
+            take_device(2, 3)
+
+
+def test_ranks_that_start_here_share_the_one_visible_gpu_and_are_refused(
+    gpus: Callable[[str | None, int], list[int]],
+) -> None:
+    gpus("0", 1)
+    with pytest.raises(ValueError, match="3 ranks on this host, but 1 GPUs"):
+        launch(launch_bodies.report, 3, world_size=3)
+
+
+ON_A_GPU = """
+from unittest.mock import patch
+import torch
+from longtake.comm.launch import take_device
+with patch.multiple(torch.cuda, is_available=lambda: True, device_count=lambda: 1, set_device=lambda device: None):
+    assert take_device(0, 1) == "cpu:gloo,cuda:nccl"
+print(torch._C._accelerator_getAllocatorSettings())
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch._C, "_accelerator_getAllocatorSettings"), reason="PyTorch does not tell")
+@pytest.mark.parametrize(
+    ("environment", "settings"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}, "max_split_size_mb:512"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}, "max_split_size_mb:512"),
+    ],
+    ids=str,
+)
+def test_a_gpus_memory_grows_in_place_unless_the_user_says_otherwise(
+    environment: dict[str, str], settings: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    process = start("-c", ON_A_GPU)
+    out, err = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, err
+    assert out.strip() == settings

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from longtake.comm.mesh import AXES, Axis, Grid, Mesh
+from longtake.comm.mesh import AXES, TENSOR_AXES, Axis, Grid, Mesh
 
 from tests.ranks import run_ranks
 
@@ -56,6 +56,15 @@ def two_meshes(rank: int) -> None:
 
 def test_two_meshes_live_side_by_side() -> None:
     assert run_ranks(two_meshes, 4) == [None] * 4
+
+
+def data_alone(rank: int) -> tuple[list[int], dict[str, int]]:
+    mesh = Mesh(data=2, device="cpu", transport="nccl")
+    return mesh.gather_objects(rank, "data"), mesh.transport.bytes_sent
+
+
+def test_data_parallel_ranks_need_no_nccl_of_ours() -> None:
+    assert run_ranks(data_alone, 2) == [([0, 1], dict.fromkeys(TENSOR_AXES, 0))] * 2
 
 
 def lone_axis(rank: int, axis: Axis) -> list[int] | None:

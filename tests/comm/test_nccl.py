@@ -1,22 +1,26 @@
 """The NCCL transport on four ranks that are threads, over a double of CuPy's class: see fake_nccl."""
 
 import inspect
+import os
 import re
+import time
 import weakref
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cupy_backends.cuda.libs import nccl as real_nccl  # what cupy.cuda.nccl hands on
-from longtake.comm.mesh import AXES, Mesh
-from longtake.comm.nccl import NcclTransport
+from longtake.comm.mesh import TENSOR_AXES, Mesh
+from longtake.comm.nccl import RELAXED, NcclTransport, _allow_queries
 
 from tests.comm import fake_nccl
 from tests.comm.fake_nccl import DeadlockError, FakeCuda, FakeNccl, World, run_threads
 from tests.comm.test_torch_transport import deliver
 from tests.comm.thread_mesh import ThreadMesh
 
+ROOT = Path(__file__).parents[2]
 lazily_and_eagerly = pytest.mark.parametrize("lazy", [True, False])
 
 
@@ -24,7 +28,7 @@ def all_to_all(rank: int, world: World) -> None:
     mesh = ThreadMesh(rank, world, ring=2, ulysses=2)
     before = mesh.nccl.num_groups
     deliver(mesh)
-    assert mesh.nccl.num_groups - before <= len(AXES) - 1  # one for all peers; none where nothing travels
+    assert mesh.nccl.num_groups - before <= len(TENSOR_AXES)  # one for all peers; none where nothing travels
 
 
 @lazily_and_eagerly
@@ -56,12 +60,55 @@ def test_exchange_keeps_order_and_sends_no_empty_message(lazy: bool) -> None:
 
 
 def test_axes_of_the_same_ranks_share_a_communicator_and_others_have_their_own() -> None:
-    def lanes(rank: int, world: World) -> tuple[int, int]:
-        return len(ThreadMesh(rank, world, ring=2, ulysses=2).transport.lanes), len(
-            ThreadMesh(rank, world, ring=4).transport.lanes
-        )
+    def lanes(rank: int, world: World) -> list[int]:
+        grids = [{"ring": 2, "ulysses": 2}, {"ring": 4}, {"data": 2, "ring": 2}, {"data": 4}]
+        return [len(ThreadMesh(rank, world, **degrees).transport.lanes) for degrees in grids]
 
-    assert run_threads(lanes, 4, lazy=True) == [(3, 1)] * 4  # world = sp, ring, ulysses; world = sp = ring
+    assert run_threads(lanes, 4, lazy=True) == [[3, 1, 1, 0]] * 4  # sp, ring, ulysses; sp = ring; sp = ring; nothing
+
+
+def ready_thread(rank: int, world: World) -> list[tuple[str, Any]]:
+    cuda = ThreadMesh(rank, world, ring=2).cuda
+    until = time.monotonic() + 10
+    while len(cuda.prepared) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    return cuda.prepared
+
+
+def test_the_watchdogs_thread_takes_its_device_and_may_query_while_a_graph_is_recorded() -> None:
+    name = "longtake-watchdog"
+    assert run_threads(ready_thread, 2, lazy=True) == [[(name, torch.device("cpu")), (name, RELAXED)]] * 2
+
+
+def test_a_refused_capture_mode_is_an_error() -> None:
+    class Refuses(FakeCuda):
+        def cuThreadExchangeStreamCaptureMode(self, mode: Any) -> int:
+            return 201
+
+    cuda = Refuses(World(1, lazy=True))
+    with pytest.raises(RuntimeError, match="CUDA error 201"):
+        _allow_queries(torch.device("cpu"), cuda, cuda)
+
+
+def record(rank: int, world: World) -> list[int]:
+    """Flights noted while a graph is recorded, and after."""
+    mesh, peer, received = ThreadMesh(rank, world, ring=2), 1 - rank, torch.zeros(3)
+    (lane,) = mesh.transport.lanes.values()
+    lane.flights.clear()
+    noted = []
+    for capturing in (True, False):
+        mesh.cuda.capturing = capturing
+        handle = mesh.transport.exchange(
+            "ring", send_to=peer, send=[torch.full((3,), float(rank))], recv_from=peer, recv=[received]
+        )
+        noted.append(len(lane.flights))
+        handle.wait()
+        assert received.tolist() == [peer] * 3
+    return noted
+
+
+def test_a_recorded_transfer_is_made_and_not_watched() -> None:
+    assert run_threads(record, 2, lazy=True) == [[0, 1]] * 2
 
 
 def test_what_travels_is_kept_alive_until_it_was_waited_for() -> None:
@@ -105,7 +152,7 @@ def test_a_buffer_of_a_transfer_in_flight_is_refused() -> None:
 def test_a_group_that_does_not_stand_behind_the_current_stream_is_refused() -> None:
     class Hasty(FakeCuda):
         def current_stream(self, device: torch.device) -> Any:
-            return fake_nccl.Stream(self.world)  # an event of another stream
+            return fake_nccl.Stream(self.world, device)  # an event of another stream
 
     def body(rank: int, world: World) -> None:
         axes = {"ring": [0, 1]}
@@ -117,6 +164,7 @@ def test_a_group_that_does_not_stand_behind_the_current_stream_is_refused() -> N
             deadline=timedelta(days=1),
             nccl=FakeNccl(world),
             cuda=Hasty(world),
+            driver=Hasty(world),
         )
         world.kept.append(transport)
         peer = 1 - rank
@@ -156,7 +204,7 @@ def parameters(documented: str) -> list[str]:
     return [part.split("=")[0].split()[-1] for part in inside.group(1).split(",") if part.strip() != "self"]
 
 
-@pytest.mark.parametrize("name", ["send", "recv", "check_async_error", "abort"])
+@pytest.mark.parametrize("name", ["send", "recv", "check_async_error"])
 def test_the_double_has_the_signatures_of_cupys_communicator(name: str) -> None:
     real = getattr(real_nccl.NcclCommunicator, name).__doc__
     double = inspect.signature(getattr(fake_nccl.Communicator, name))
@@ -172,8 +220,21 @@ def test_the_double_has_the_functions_of_cupys_module() -> None:
     assert len(real_nccl.get_unique_id()) == 128
 
 
+@pytest.mark.parametrize("given", [None, "0"])
+def test_nccl_keeps_the_launch_order_unless_the_user_says_otherwise(
+    given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "0")
+    if given is None:
+        monkeypatch.delenv("NCCL_LAUNCH_ORDER_IMPLICIT")
+    run_threads(lambda rank, world: ThreadMesh(rank, world, data=2) and None, 2, lazy=True)
+    assert os.environ.get("NCCL_LAUNCH_ORDER_IMPLICIT") == given  # nothing travels
+    run_threads(lambda rank, world: ThreadMesh(rank, world, ring=2) and None, 2, lazy=True)
+    assert os.environ["NCCL_LAUNCH_ORDER_IMPLICIT"] == (given or "1")
+
+
 def test_the_transport_nccl_needs_a_gpu_only_where_something_travels() -> None:
-    assert Mesh(transport="nccl", device="cpu").transport.bytes_sent == dict.fromkeys(AXES, 0)
+    assert Mesh(transport="nccl", device="cpu").transport.bytes_sent == dict.fromkeys(TENSOR_AXES, 0)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="needs a GPU"):
             NcclTransport(

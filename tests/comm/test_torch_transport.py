@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from longtake.comm.mesh import AXES, Mesh
+from longtake.comm.mesh import TENSOR_AXES, Mesh
 from torch import Tensor
 
 from tests.ranks import run_ranks
@@ -32,7 +32,7 @@ def num_bytes(tensors: list[Tensor]) -> int:
 
 def deliver(mesh: Any) -> None:
     """An all-to-all along every axis: what arrives, and the bytes that are counted."""
-    for axis in AXES:
+    for axis in TENSOR_AXES:
         peers = mesh.axis_ranks(axis)
         send = [message(mesh.rank, peer, axis) for peer in peers]
         expected = [message(peer, mesh.rank, axis) for peer in peers]
@@ -107,7 +107,7 @@ FAILING = """
 import os, signal, sys, time
 from datetime import timedelta
 import torch, torch.distributed as dist
-from longtake.comm.mesh import AXES, Mesh
+from longtake.comm.mesh import Mesh
 
 rank, store, how = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=3, timeout=timedelta(seconds=60))

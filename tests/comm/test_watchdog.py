@@ -3,6 +3,8 @@
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
@@ -22,14 +24,14 @@ class Switch:
 
 class Link:
     def __init__(self, error: str | None = None) -> None:
-        self.error, self.aborted = error, threading.Event()
+        self.error = error
 
     def check_async_error(self) -> None:
         if self.error:
             raise RuntimeError(self.error)
 
     def abort(self) -> None:
-        self.aborted.set()
+        time.sleep(60)  # waits for kernels, which wait for another communicator's
 
 
 class Clock:
@@ -94,17 +96,52 @@ def test_what_is_done_is_forgotten_with_its_tensors() -> None:
     assert watched(lane, Clock()).poll() is None and not lane.flights
 
 
-def test_the_thread_aborts_every_communicator_before_it_fails() -> None:
-    lanes = [Lane(stream=None, communicator=Link()), Lane(stream=None, communicator=Link("gone"))]
+def said_by_the_thread(lane: Lane, prepare: Callable[[], None] = lambda: None) -> list[str]:
+    """Until it first fails, for 10 seconds at most."""
     said, over = [], threading.Event()
 
     def fail(message: str) -> None:
-        said.append((message, [lane.communicator.aborted.is_set() for lane in lanes]))
+        said.append(message)
         over.set()
 
-    Watchdog(lanes, deadline=timedelta(seconds=1), fail=fail).start()
-    assert over.wait(30)
-    assert said == [("between transfers: gone", [True, True])]
+    Watchdog([lane], deadline=timedelta(seconds=1), prepare=prepare, fail=fail).start()
+    over.wait(10)
+    return said
+
+
+def test_the_thread_says_what_is_wrong_and_aborts_nothing() -> None:
+    assert said_by_the_thread(Lane(stream=None, communicator=Link("gone"))) == ["between transfers: gone"]
+
+
+class Forbidden:
+    def query(self) -> bool:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_an_event_that_cannot_be_queried_is_no_silent_end(ready: bool) -> None:
+    lane = Lane(stream=None, communicator=Link())
+    events = (Switch(True), Forbidden()) if ready else (Forbidden(), None)
+    lane.flights.append(Flight(EXCHANGE, events[0], [], done=events[1]))
+    expected = "transfers cannot be watched: operation not permitted when stream is capturing"
+    assert said_by_the_thread(lane) == [expected]
+
+
+def test_a_thread_that_cannot_be_prepared_is_no_silent_end() -> None:
+    def prepare() -> None:
+        raise RuntimeError("no device 9")
+
+    assert said_by_the_thread(Lane(stream=None), prepare) == ["transfers cannot be watched: no device 9"]
+
+
+def test_a_process_ends_also_where_nobody_reads_what_it_says() -> None:
+    program = """
+import sys
+from longtake.comm.watchdog import end_process
+sys.stderr.close()
+end_process("no matter what")
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=50, check=False).returncode == EXIT_CODE
 
 
 @pytest.mark.parametrize("hangs", ["time.sleep(60)", "threading.Event().wait(60)"])
