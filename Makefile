@@ -1,5 +1,6 @@
 # make test: install, lint, types, tests.   make slow: the tests that take longer.   make demo: the whole system here.
-# make gpu: what needs a GPU: ranks that share one, over NCCL.
+# make gpu: what needs a GPU: ranks that share one, over NCCL. With packages of your own, without the network:
+# LONGTAKE_TEST_GPU=1 python -m pytest tests/gpu
 # make newest: what the newest Triton makes of all kernels.   make oldest: the oldest Transformers, and of its Trainer
 # what goes with it. In environments of their own.
 PYTHON ?= python3

@@ -1,17 +1,18 @@
 """`longtake bench attention`: our attention beside that of others, on this machine's GPU or, without one, its CPU.
 
-On a GPU, in this order: every kernel that ships against float64 on poisoned memory, some under compute-sanitizer,
-then times in turns with PyTorch's, FlexAttention's and, where installed, FlashAttention's kernels. A table comes on
-stdout, JSON and a plot in bench/results/. Exit code 1: something of ours is wrong, and named; it is not timed.
+On a GPU, in this order: every kernel that ships against float64 on poisoned memory, some under compute-sanitizer, each
+of ours once on each shape, then times in turns with PyTorch's, FlexAttention's and, where installed, FlashAttention's
+kernels. A table comes on stdout, who is being called on stderr, JSON and a plot in bench/results/. Exit code 1:
+something of ours is wrong, and named; it is not timed. What hangs is ended, and the rest goes on.
 
 On a CPU: time and peak memory of causal attention beside PyTorch's. Memory is the growth of a fresh process's peak,
 inputs and gradients included; lengths above --longest-timed are measured for memory alone.
 
-    longtake bench attention                                  all of it, in 9 minutes on an H100
-    longtake bench attention --quick                          2 minutes: a shape of each kind
+    longtake bench attention                                  all: checks (5 minutes or so on 16 cores), 8.5 of timing
+    longtake bench attention --quick                          a shape of each kind: small checks, 2 minutes of timing
     longtake bench attention --only 'ring-*,d128-causal-8k'   these alone; one direction: d128-causal-8k-backward
     longtake bench attention --dry-run                        no GPU: every step, on tiny shapes in Triton's interpreter
-    ncu --profile-from-start off --set full -o report \\
+    ncu --clock-control none --launch-count 5 --profile-from-start off --set full -o report \\
         longtake bench attention --only d128-causal-8k-forward --profile gluon
 """
 
@@ -142,7 +143,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     gpu = parser.add_argument_group("on a GPU")
     gpu.add_argument("--quick", action="store_true", help="a shape of each kind, small checks, no compute-sanitizer")
     gpu.add_argument("--only", type=lambda text: tuple(text.split(",")), default=(), help="names of shapes, * fits all")
-    gpu.add_argument("--minutes", type=float, help="start no shape after these (8.5; --quick: 2)")
+    gpu.add_argument("--minutes", type=float, help="of timing; no shape starts later (8.5; --quick: 2)")
     gpu.add_argument(
         "--profile",
         nargs="?",

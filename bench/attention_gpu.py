@@ -1,8 +1,8 @@
 """Times a shape: everyone in turns, on the same tensors, after their answers were seen to agree."""
 
-import faulthandler
+import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,13 +23,11 @@ from .attention_peers import (
     random_inputs,
     twin_inputs,
 )
-from .attention_shapes import DIRECTIONS, Shape, operations
-from .clock import Allowance, Stopwatch, Timing
+from .attention_shapes import Shape, operations
+from .clock import Stopwatch, Timing
 from .sensors import Reading
 
 AGREEMENT = {"forward": 0.03, "backward": 0.1}  # of a row: 16-bit rounding costs a tenth of it, a lost tile more
-MOST_SECONDS = 2.0  # for the rounds of one measurement
-HANG_SECONDS = 240.0  # for one shape, compiling and all
 CANARY = "cuBLAS 8192^3"
 
 Candidate = tuple[str, int, str, Config]  # direction, listed head dim, dtype, config
@@ -100,17 +98,17 @@ class Ready:
     kernels: tuple[str, ...] = ()
 
 
-def measure_shape(shape: Shape, bench: Bench, directions: Sequence[str] = DIRECTIONS) -> Iterator[Group]:
-    """A group for each direction."""
+def measure(shape: Shape, direction: str, bench: Bench, left_out: Mapping[str, str] | None = None) -> Group:
+    """Everyone who can, in turns with the canary. left_out: those of ours who must not be called, and why."""
+    left_out = left_out or {}
     inputs = random_inputs(shape, bench.dtype, bench.device)
-    for direction in directions:
-        yield measure(shape, inputs, direction, bench)
-
-
-def measure(shape: Shape, inputs: Inputs, direction: str, bench: Bench) -> Group:
-    """Everyone who can, in turns with the canary."""
     everyone = contenders(shape, bench.device)
-    prepared = {one.name: prepare(one, shape, inputs, direction, bench) for one in everyone}
+    prepared = {
+        one.name: Row(one.name, one.kind, note=left_out[one.name], wrong=True)
+        if one.name in left_out
+        else prepare(one, shape, inputs, direction, bench.wrong)
+        for one in everyone
+    }
     ready = [one for one in prepared.values() if isinstance(one, Ready)]
     strays = disagreeing(ready, direction)
     ready = [one for one in ready if one.contender.name not in strays]
@@ -124,29 +122,52 @@ def measure(shape: Shape, inputs: Inputs, direction: str, bench: Bench) -> Group
     return Group(shape, direction, tuple(rows[one.name] for one in everyone), cublas, reading)
 
 
-def prepare(contender: Contender, shape: Shape, inputs: Inputs, direction: str, bench: Bench) -> Ready | Row:
-    """Its call, made once; or the row that says why it is not timed."""
+def prepare(
+    contender: Contender, shape: Shape, inputs: Inputs, direction: str, wrong: Collection[Candidate]
+) -> Ready | Row:
+    """Its call, made once; or the row that says why it is not timed. Says on stderr who is called.
+
+    wrong: candidates that must not run. Raises RuntimeError where nothing can be timed in this process any more.
+    """
     if contender.on_twin:
         shape, inputs = twin_inputs(shape, inputs)
     name, kind, kernels = contender.name, contender.kind, ()
+    device = torch.get_device_module(inputs.q.device)
     try:
         if contender.backend is not None:
             choices = choices_of(contender.backend, shape, inputs, direction)
             for entry in (choice.entry for choice in choices):
-                if (entry.direction, entry.head_dim, entry.dtype, entry.config) in bench.wrong:
+                if (entry.direction, entry.head_dim, entry.dtype, entry.config) in wrong:
                     return Row(name, kind, note=f"left out: {describe(entry.config)} is wrong")
             timed = choices if direction == "forward" else choices[1:]
             kernels = tuple(describe(choice.config) for choice in timed)
+        print(f"calling {name} on {group_name(shape, direction)}", file=sys.stderr, flush=True)
         call = contender.make(shape, inputs, direction)
-        return Ready(contender, call, call(), kernels)
+        answer = call()
+        device.synchronize()  # a fault shows here, and is this one's
+        return Ready(contender, call, answer, kernels)
     except NotServedError as error:
         return Row(name, kind, note=f"not run here: {error}")
     except Exception as error:  # of a peer, or of a kernel, whatever it is: the others are still to be timed
-        if bench.device.type == "cuda":
-            torch.cuda.synchronize(bench.device)  # raises where nothing can be timed any more
         lines = str(error).strip().splitlines() or [""]
-        wrong = kind != "peer" and not isinstance(error, torch.OutOfMemoryError)
-        return Row(name, kind, note=f"{type(error).__name__}: {lines[0]}"[:160], wrong=wrong)
+        note = f"{type(error).__name__}: {lines[0]}"[:160]
+        try:
+            device.synchronize()
+        except RuntimeError:
+            raise RuntimeError(f"{name}: {note}") from error
+        return Row(name, kind, note=note, wrong=kind != "peer" and not isinstance(error, torch.OutOfMemoryError))
+
+
+def call_once(
+    what: tuple[Shape, str, str], *, device: torch.device, dtype: torch.dtype, wrong: Collection[Candidate]
+) -> None:
+    """Has a contender, by name, compile what it launches on a shape in a direction. Raises what breaks this process."""
+    shape, direction, name = what
+    inputs = random_inputs(shape, dtype, device)
+    (contender,) = (one for one in contenders(shape, device) if one.name == name)
+    prepare(contender, shape, inputs, direction, wrong)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # for the processes beside this one
 
 
 def choices_of(backend: str, shape: Shape, inputs: Inputs, direction: str) -> list[Choice]:
@@ -214,44 +235,17 @@ def rows_of(timed: Sequence[tuple[Ready, Timing]], count: float, cublas_tflops: 
     return rows
 
 
-def measure_all(
-    wanted: Sequence[tuple[Shape, Sequence[str]]], bench: Bench, *, deadline: float, allowance: Allowance
-) -> Iterator[Group]:
-    """Groups in that order, as many as time allows: until `deadline`, of time.perf_counter.
-
-    allowance: of the bench's stopwatch; it is changed here. A kernel that hangs ends the process, with a traceback.
-    """
-    left = sum(len(directions) for _, directions in wanted)
-    for shape, directions in wanted:
-        now = time.perf_counter()
-        if now > deadline:
-            return
-        # Half of the time goes to what the stopwatch does not count: inputs, compiling, warming up.
-        allowance.seconds = min(MOST_SECONDS, 0.5 * (deadline - now) / left)
-        if bench.device.type == "cuda":
-            faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
-        try:
-            yield from measure_shape(shape, bench, directions)
-        except torch.OutOfMemoryError:
-            print(f"{shape.name}: too large for the memory of this GPU", flush=True)
-        left -= len(directions)
-        if bench.device.type == "cuda":
-            faulthandler.cancel_dump_traceback_later()
-            torch.cuda.empty_cache()
-
-
 def profile(contender_name: str, shape: Shape, direction: str, bench: Bench, num_calls: int = 5) -> None:
     """Calls one contender between cudaProfilerStart and Stop. Raises ValueError where it cannot be called."""
     inputs = random_inputs(shape, bench.dtype, bench.device)
     names = {one.name: one for one in contenders(shape, bench.device)}
     if contender_name not in names:
         raise ValueError(f"unknown contender {contender_name!r}: one of {', '.join(names)}")
-    ready = prepare(names[contender_name], shape, inputs, direction, bench)
+    ready = prepare(names[contender_name], shape, inputs, direction, bench.wrong)
     if isinstance(ready, Row):
         raise ValueError(f"{contender_name} on {group_name(shape, direction)}: {ready.note}")
     on_gpu = bench.device.type == "cuda"
     if on_gpu:
-        torch.cuda.synchronize(bench.device)
         torch.cuda.profiler.start()
     for _ in range(num_calls):
         ready.call()

@@ -5,10 +5,11 @@ Outputs and gradients are allocated by the call; a backward is the whole of it: 
 
 import importlib
 import importlib.util
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
@@ -216,24 +217,20 @@ def _no_packed(shape: Shape, inputs: Inputs, direction: str) -> Call:
 
 def _varlen(shape: Shape, inputs: Inputs, direction: str) -> Call:
     """PyTorch's flash kernels for packed documents."""
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 
+    known = inspect.signature(varlen.varlen_attn)
+    # PyTorch 2.11 has no such argument: it takes fewer key heads without being told.
+    grouped = {"enable_gqa": shape.heads != shape.kv_heads} if "enable_gqa" in known.parameters else {}
+    window = -1, 0 if shape.causal else -1
+    offsets = inputs.cu_seqlens, inputs.cu_seqlens, max(shape.documents), max(shape.documents)
+    call = partial(varlen.varlen_attn, inputs.q, inputs.k, inputs.v, *offsets, window_size=window, **grouped)
+    known.bind(*call.args, **call.keywords)  # raises TypeError, without a GPU too, where this PyTorch takes others
     if not inputs.q.is_cuda:
         raise NotServedError("PyTorch has no such kernel for a CPU")
-    cu_seqlens, longest = inputs.cu_seqlens, max(shape.documents)
 
     def forward() -> Tensor:
-        out = varlen_attn(
-            inputs.q,
-            inputs.k,
-            inputs.v,
-            cu_seqlens,  # pyright: ignore[reportArgumentType]
-            cu_seqlens,
-            longest,
-            longest,
-            window_size=(-1, 0 if shape.causal else -1),
-            enable_gqa=shape.heads != shape.kv_heads,
-        )
+        out = call()
         return out[0] if isinstance(out, tuple) else out
 
     return with_autograd(forward, inputs, direction)

@@ -14,13 +14,17 @@ from pathlib import Path
 import torch
 
 from ..kernels.candidates import candidates
-from .attempts import Attempt, Outcome, Refused, with_second_try
+from .attempts import Attempt, Refused, short_of_memory, sparing, with_second_try
 from .attention_check import check_candidate
 from .attention_gpu import Candidate, describe
 
+CHECK_SECONDS = 40.0  # a candidate that takes longer hangs; compiling is part of it
+MOST_PROCESSES, PROCESS_BYTES = 16, 5e9  # at once; what one may need of the GPU's memory
 FULL_DTYPES = ("bfloat16",)  # on all cases; other dtypes on the quick ones
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 SANITIZED_HEAD_DIMS = (64, 72)  # of one part, and of two
+KERNEL_NAMES = ("forward_kernel", "backward_kernel", "dkdv_kernel", "dq_kernel", "decode_kernel", "merge_kernel")
+KERNEL_NAMES += ("prepare_kernel",)
 FOUND = 9  # exit code of compute-sanitizer where it found something
 SANITIZER_SECONDS = 150.0
 
@@ -36,8 +40,17 @@ def name_of(candidate: Candidate) -> str:
     return f"{direction} d{head_dim} {dtype} {describe(config)}"
 
 
+def num_processes(device: torch.device) -> int:
+    """For checks at once: of the cores, as many as find memory."""
+    count = min(MOST_PROCESSES, os.cpu_count() or 1)
+    if device.type == "cuda":
+        count = min(count, int(torch.cuda.mem_get_info(device)[0] / PROCESS_BYTES))
+    return max(1, count)
+
+
 def judge(candidate: Candidate, device: torch.device, quick: bool) -> float:
-    """The candidate's error; raises Refused where it is wrong."""
+    """The candidate's error; raises Refused where it is wrong. Says on stderr what it is at."""
+    print(f"checking {name_of(candidate)}", file=sys.stderr, flush=True)
     direction, head_dim, dtype, config = candidate
     verdict = check_candidate(
         direction, config, head_dim, getattr(torch, dtype), device, quick=quick or dtype not in FULL_DTYPES
@@ -54,12 +67,10 @@ def check_all(
     began = time.monotonic()
     wrong: dict[Candidate, str] = {}
     errors: dict[tuple[str, str], list[float]] = {}
-
-    def again(outcome: Outcome) -> list[Candidate]:
-        return [outcome.item] if "OutOfMemory" in str(outcome.failure) else []
-
     judging = partial(judge, device=device, quick=quick)
-    for candidate, error, failure in with_second_try(judging, items, first=together, second=alone, again=again):
+    first = sparing(together, lambda candidate: candidate[3].kernel)
+    judged = with_second_try(judging, items, first=first, second=alone, again=short_of_memory)
+    for candidate, error, failure in judged:
         if failure:
             wrong[candidate] = failure
             print(f"WRONG: {name_of(candidate)}: {failure}", flush=True)
@@ -121,8 +132,13 @@ def outcome_of(code: int | None, log: str, seconds: float) -> str:
 
 
 def sanitizer_prefixes(tool: str) -> dict[str, list[str]]:
-    """The command line of each of `SANITIZERS`, up to what it runs."""
-    return {name: [tool, "--tool", name, "--error-exitcode", str(FOUND), "--print-limit", "20"] for name in SANITIZERS}
+    """The command line of each of `SANITIZERS`, up to what it runs: our kernels alone are watched, not the reference.
+
+    Errors of CUDA's own functions do not count: its libraries ask the driver for what it may not have.
+    """
+    flags = ["--error-exitcode", str(FOUND), "--print-limit", "20", "--report-api-errors", "no"]
+    flags += [flag for name in KERNEL_NAMES for flag in ("--kernel-name", f"kernel_substring={name}")]
+    return {name: [tool, "--tool", name, *flags] for name in SANITIZERS}
 
 
 def sanitized(arch: str, head_dims: Collection[int], dtype: str) -> list[Candidate]:

@@ -11,10 +11,10 @@ alg x (n - 1) / n for the all-to-all of n ranks, alg for the exchange, as nccl-t
 """
 
 import argparse
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +27,7 @@ from ..comm.launch import launch
 from ..comm.mesh import Mesh, default_device
 from .clock import Call
 from .peaks import LINK_GBS, device_name, peak
+from .rows import write_rows
 
 LINE = "{:<11} {:<8} {:>11} {:>10} {:>9} {:>9} {:>7}"
 HEADER = LINE.format("operation", "who", "bytes", "us", "alg GB/s", "bus GB/s", "peak")
@@ -142,8 +143,8 @@ def make_meshes(ring: int, ulysses: int) -> dict[str, Mesh]:
     return ours | {"torch": plain, "library": plain}
 
 
-def benchmark(setting: Setting, world: int) -> list[dict[str, Any]]:
-    """One rank's part. The first prints the table as it comes, and returns its rows."""
+def benchmark(setting: Setting, world: int, keep: Callable[[Sequence[dict[str, Any]]], None]) -> list[dict[str, Any]]:
+    """One rank's part. The first prints the table as it comes, has `keep` write it, and returns its rows."""
     table: list[dict[str, Any]] = []
     for operation, degrees in (("all_to_all", (1, world)), ("exchange", (world, 1))):
         meshes = make_meshes(*degrees)
@@ -154,6 +155,7 @@ def benchmark(setting: Setting, world: int) -> list[dict[str, Any]]:
                 if mesh.rank == 0:
                     line = format_row(table[-1])
                     print(f"{HEADER}\n{line}" if len(table) == 1 else line, flush=True)
+                    keep(table)
     return table if mesh.rank == 0 else []
 
 
@@ -169,9 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     num_gpus = torch.cuda.device_count()
     parser.add_argument("--world", type=int, default=num_gpus or 4, help="ranks (as many as GPUs; 4 on a CPU)")
-    parser.add_argument(
-        "--max-bytes", type=int, default=2**30 if num_gpus else 2**24, help="of a rank (1 GiB; 16 MiB on a CPU)"
-    )
+    parser.add_argument("--max-bytes", type=int, help="of a rank (1 GiB; 16 MiB on a CPU, and with --share-gpu)")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each row (5)")
     parser.add_argument("--link-gbs", type=float, help="the link's GB/s, each way (by the GPU's name)")
     parser.add_argument("--share-gpu", action="store_true", help="let ranks share a GPU, over loopback")
@@ -181,11 +181,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--world must be at least 2 (nothing travels otherwise), got {args.world}")
     name = device_name(default_device())
     link_gbs = peak(LINK_GBS, name) if args.link_gbs is None and not args.share_gpu else args.link_gbs
-    setting = Setting(args.max_bytes, args.repeats, link_gbs)
-    rows = launch(benchmark, setting, args.world, world_size=args.world, share_gpu=args.share_gpu)
-    if args.json and rows:
-        report = {"torch": torch.__version__, "device": name, "world": args.world}
-        args.json.write_text(json.dumps(report | {"setting": asdict(setting), "rows": rows}, indent=2) + "\n")
+    max_bytes = 2**30 if num_gpus and not args.share_gpu else 2**24
+    setting = Setting(max_bytes if args.max_bytes is None else args.max_bytes, args.repeats, link_gbs)
+    facts = {"torch": torch.__version__, "device": name, "world": args.world, "setting": asdict(setting)}
+    keep = partial(write_rows, args.json, facts)
+    launch(benchmark, setting, args.world, keep, world_size=args.world, share_gpu=args.share_gpu)
 
 
 if __name__ == "__main__":

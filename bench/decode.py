@@ -9,7 +9,6 @@ reads and writes).
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .clock import Allowance, Call, Stopwatch, cuda_stopwatch, fake_stopwatch
+from .rows import write_rows
 
 HEADS = ((64, 8), (28, 4))
 LENGTHS = (4096, 16384, 65536, 262144, 1048576)
@@ -175,14 +175,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     lengths = [int(n) for n in args.lengths.split(",")] if args.lengths else (LENGTHS if on_gpu else TINY_LENGTHS)
     peers = ("flash ms", "cuDNN ms") if on_gpu else ("math ms", "cuDNN ms")
     print(line(("heads", "keys", "dim", "ms", "GB/s", "% copy", "host ms", *peers, "best/ours")))
+    facts = {"torch": torch.__version__, "device": torch.cuda.get_device_name(device) if on_gpu else "cpu"}
     rows = []
     for heads, kv_heads in HEADS if on_gpu else TINY_HEADS:
         for length in lengths:
             rows.append(measure(heads, kv_heads, length, args.head_dim, bench))
             print(format_row(rows[-1]), flush=True)
-    if args.json:
-        name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
-        args.json.write_text(json.dumps({"torch": torch.__version__, "device": name, "rows": rows}, indent=2) + "\n")
+            write_rows(args.json, facts, rows)
     if not on_gpu:
         print(REHEARSED)
     if any(row["wrong"] for row in rows):

@@ -38,6 +38,7 @@ from .text_needles import TextNeedles
 
 VOCABULARY = 1024
 COMMON: dict[str, Any] = {
+    "dtype": "float32",  # everywhere: the recipe was found in it
     "betas": (0.9, 0.98),
     "weight_decay": 0.01,
     "schedule": "cosine",
@@ -225,7 +226,7 @@ def look_for_needles(demo: Demo, mesh: Mesh) -> dict[str, Any]:
     unseen = write_trials(folder / "unseen", unseen_source, mesh, frames=UNSEEN_FRAMES, **grid)
     results = {}
     for name, stage in (("short", 3), ("long", 5)):
-        engine, tokenizer = load_engine(demo.out / f"stage{stage}", mesh)
+        engine, tokenizer = load_engine(demo.out / f"stage{stage}", mesh, dtype=COMMON["dtype"])
 
         def grid_of(trials: Trials, title: str) -> list[list[float]]:
             return evaluate(engine, tokenizer, trials, title=f"{name} model, {title}")  # noqa: B023

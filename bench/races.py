@@ -57,6 +57,13 @@ def measure(race: Race, device: torch.device, make_clock: ClockMaker) -> list[fl
     return make_clock(device)(launches(race, device))
 
 
+def launch_once(entry: Entry, device: torch.device) -> None:
+    """What a race of this entry launches: it is compiled then, for all lengths, and a fault or a hang has shown."""
+    (call,) = launches(Race(LENGTHS[0], (entry,)), device)
+    call()
+    torch.get_device_module(device).synchronize()
+
+
 def launches(race: Race, device: torch.device) -> list[Call]:
     """A call for each entry, all on the same random inputs."""
     direction, head_dim = race.entries[0].direction, race.entries[0].head_dim

@@ -11,11 +11,11 @@ and backward / those of route `direct`. On CPUs the peer does the same work, whe
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,6 +31,7 @@ from ..model.sequence_parallel import planned_attention
 from ..model.ulysses import HeadSplit
 from .peaks import device_name
 from .peer import PACKAGE, peer_attention, peer_limit, peer_version
+from .rows import write_rows
 
 LINE = "{:<9} {:<5} {:<7} {:>9} {:>9} {:>8} {:>8} {:>6} {:>6}  {}"
 HEADER = LINE.format("sequence", "grid", "route", "fwd ms", "bwd ms", "MiB max", "MiB all", "work", "time", "").rstrip()
@@ -189,8 +190,10 @@ def measure_grid(mesh: Mesh, cu_seqlens: Tensor, setting: Setting) -> dict[str, 
     return rows | {"peer": {"note": peer}} if isinstance(peer, str) else rows
 
 
-def benchmark(setting: Setting, world: int) -> list[dict[str, Any]] | None:
-    """One rank's part. The first prints the table as it comes, and returns its rows."""
+def benchmark(
+    setting: Setting, world: int, keep: Callable[[Sequence[dict[str, Any]]], None]
+) -> list[dict[str, Any]] | None:
+    """One rank's part. The first prints the table as it comes, has `keep` write it, and returns its rows."""
     table, first = [], Mesh(ring=world).rank == 0
     if first:
         print(HEADER, flush=True)
@@ -201,6 +204,7 @@ def benchmark(setting: Setting, world: int) -> list[dict[str, Any]] | None:
                 table.append({"sequence": name, "ring": ring, "ulysses": ulysses, "route": route} | row)
                 if first:
                     print(format_row(table[-1]), flush=True)
+                    keep(table)
     return table if first else None
 
 
@@ -246,15 +250,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         trace.run(setting, args.world, args.trace, share_gpu=args.share_gpu)
         return
-    rows = launch(benchmark, setting, args.world, world_size=args.world, share_gpu=args.share_gpu)
-    if rows is None:
-        return
     installed = peer_version()
-    print(f"peer: {PACKAGE} {installed or f'not installed (pip install {PACKAGE})'}")
-    if args.json:
-        report = {"torch": torch.__version__, "device": device_name(default_device()), "peer": installed}
-        report |= {"setting": asdict(setting), "rows": rows}
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    facts = {"torch": torch.__version__, "device": device_name(default_device()), "peer": installed}
+    keep = partial(write_rows, args.json, facts | {"setting": asdict(setting)})
+    rows = launch(benchmark, setting, args.world, keep, world_size=args.world, share_gpu=args.share_gpu)
+    if rows is not None:
+        print(f"peer: {PACKAGE} {installed or f'not installed (pip install {PACKAGE})'}")
 
 
 if __name__ == "__main__":

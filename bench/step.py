@@ -7,17 +7,18 @@ Forward, backward, clipping and AdamW through the code that trains, on one docum
 ms: of the slowest rank, median of the steps but for the first, which compiles. TFLOP/s: of a rank, counting what the
 model needs (bench/flops.py) and no recomputation. MFU: that over --peak-tflops, by default the GPU's in dense bfloat16.
 peak: of a rank, the largest; on a CPU in processes that did this length alone. growth: GiB that 16,384 more tokens add
-to it, by the length before; where memory is linear, it stays the same.
+to it, by the length before; where memory is linear, it stays the same. Attention's time grows with the square
+of the length: of six minutes or so, estimated for an H100, most are the longest's.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
@@ -42,9 +43,12 @@ from .demo import VOCABULARY
 from .demo_data import demo_config
 from .flops import step_flops
 from .peaks import TFLOPS, device_name, peak
+from .rows import write_rows
 
 LINE = "{:>8} {:>7} {:>10} {:>10} {:>8} {:>7} {:>9} {:>15}"
 HEADER = LINE.format("tokens", "frames", "ms", "tokens/s", "TFLOP/s", "MFU", "peak GiB", "GiB/16k tokens")
+Row = dict[str, Any]
+Keep = Callable[[Sequence[Row]], None]
 DEMO = "demo"  # the shape of the model that the demo trains
 ON_GPU = {"lengths": "65536,131072,262144", "steps": 1, "shape": "qwen2-1.5b", "dtype": "bfloat16", "recompute": True}
 ON_CPU = {"lengths": "1024,4096,16384", "steps": 2, "shape": DEMO, "dtype": "float32", "recompute": False}
@@ -96,16 +100,16 @@ def synthetic_step(setting: Setting, mesh: Mesh, num_tokens: int) -> StepData:
     )
 
 
-def measure(setting: Setting, lengths: Sequence[int], before: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-    """One rank's part: a row for each length. The first rank prints them as they come, and returns them.
+def measure(setting: Setting, lengths: Sequence[int], keep: Keep, rows: Sequence[Row] = ()) -> list[Row]:
+    """One rank's part: a row for each length behind `rows`, which come before. The first rank prints them as they come,
+    has `keep` write them, and returns all.
 
-    On a CPU a peak is the process's so far: lengths rise. before: the row of the length before these, if any. A GPU
-    that runs out of memory ends the table with a note.
+    On a CPU a peak is the process's so far: lengths rise. A GPU that runs out of memory ends the table with a note.
     """
     mesh = Mesh(ring=setting.train.ring, ulysses=setting.train.ulysses)
     model = build_model(setting, mesh)
     optimizer = build_optimizer(model, setting.train)
-    rows = []
+    rows = list(rows)
     for num_tokens in lengths:
         try:
             row = measure_length(setting, model, optimizer, mesh, num_tokens)
@@ -114,10 +118,10 @@ def measure(setting: Setting, lengths: Sequence[int], before: dict[str, Any] | N
                 raise  # the others wait for this rank
             print(f"{num_tokens:>8} tokens: out of GPU memory", flush=True)
             break
-        before = row | {"growth": growth(before, row) if before else None}
-        rows.append(before)
+        rows.append(row | {"growth": growth(rows[-1], row) if rows else None})
         if mesh.rank == 0:
-            print(format_row(before), flush=True)
+            print(format_row(rows[-1]), flush=True)
+            keep(rows)
     return rows if mesh.rank == 0 else []
 
 
@@ -171,30 +175,29 @@ def step(
     return time.perf_counter() - began
 
 
-def run(setting: Setting, lengths: Sequence[int]) -> list[dict[str, Any]]:
+def run(setting: Setting, lengths: Sequence[int], keep: Keep) -> list[Row]:
     """Rows of the table, printed as they come: on a CPU, whose peaks cannot be reset, each in fresh processes.
 
     Unless torchrun started this one.
     """
     world_size = setting.train.ring * setting.train.ulysses
     if torch.cuda.is_available() or torch.distributed.is_torchelastic_launched():
-        return launch(measure, setting, lengths, world_size=world_size)
-    rows: list[dict[str, Any]] = []
+        return launch(measure, setting, lengths, keep, world_size=world_size)
+    rows: list[Row] = []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as fresh:
         for num_tokens in lengths:
-            before = rows[-1] if rows else None
-            rows += fresh.submit(launch, measure, setting, [num_tokens], before, world_size=world_size).result()
+            rows = fresh.submit(launch, measure, setting, [num_tokens], keep, rows, world_size=world_size).result()
     return rows
 
 
-def growth(before: dict[str, Any], row: dict[str, Any]) -> float:
+def growth(before: Row, row: Row) -> float:
     """GiB that 16,384 more tokens add to a rank's peak, by two rows."""
     gib = max(row["peak_gib"]) - max(before["peak_gib"])
     return 16384 * gib / (row["tokens"] - before["tokens"])
 
 
-def format_row(row: dict[str, Any]) -> str:
+def format_row(row: Row) -> str:
     numbers = [(row["ms"], 0), (row["tokens_per_second"], 0), (row["tflops"], 3 if row["tflops"] < 10 else 0)]
     percent = None if row["mfu"] is None else 100 * row["mfu"]
     numbers += [(percent, 1), (max(row["peak_gib"]), 2), (row["growth"], 2)]
@@ -253,15 +256,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     setting, lengths, file = parse(argv)
     if int(os.environ.get("RANK", "0")) == 0:
         print(HEADER, flush=True)
-    rows = run(setting, lengths)
+    facts = {"torch": torch.__version__, "device": device_name(default_device())}
+    facts |= {"ring": setting.train.ring, "ulysses": setting.train.ulysses, "model": setting.model.to_dict()}
+    facts |= {"dtype": setting.train.dtype, "recompute": setting.train.recompute}
+    rows = run(setting, lengths, partial(write_rows, file, facts))
     ratios = [later["growth"] / earlier["growth"] for earlier, later in pairwise(rows[1:])]
     if ratios:
         print(f"growth, each length's / the one's before: {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
-    if file and rows:
-        grid = {"ring": setting.train.ring, "ulysses": setting.train.ulysses}
-        report = {"torch": torch.__version__, "device": device_name(default_device()), **grid, "growth_ratios": ratios}
-        report |= {"model": setting.model.to_dict(), "dtype": setting.train.dtype, "recompute": setting.train.recompute}
-        file.write_text(json.dumps(report | {"rows": rows}, indent=2) + "\n")
+    if rows:
+        write_rows(file, facts | {"growth_ratios": ratios}, rows)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,15 @@
 
 Every candidate for this kind of GPU is checked against float64; those that are right are timed in turns, on causal
 masks of three lengths (decode: one row against as many keys), 16 query heads that share 4 key heads. The table goes to
-the cache folder, where attention looks for it; rows that are not tuned now stay as they were. Nothing is ever tuned
-while a model runs. --show prints what would run, and why.
+the cache folder, where attention looks for it, after each race anew; rows that are not tuned now stay as they were.
+All of it may take ten minutes on 16 cores: flags pick a part. Nothing is ever tuned while a model runs. --show prints
+what would run, and why.
 """
 
 import argparse
-import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,17 +23,17 @@ import triton
 from ..kernels.candidates import LISTED_HEAD_DIMS
 from ..kernels.device import architecture
 from ..kernels.table import LENGTHS, Entry, cache_file, checked_in, entries_for, read_entries, write_entries
-from .attempts import Attempt, Outcome, Refused, in_processes, with_second_try
+from .attempts import Attempt, Outcome, Refused, in_processes, short_of_memory, sparing, with_second_try
 from .attention_check import check_candidate
-from .races import FAMILIES, ClockMaker, Race, clock_of, measure, measured, races, refused
+from .attention_verdicts import CHECK_SECONDS, num_processes
+from .races import FAMILIES, ClockMaker, Race, clock_of, launch_once, measure, measured, races, refused
 from .tune_show import kind, kind_text, named, show
 
 OPTIONAL = ("backward",)  # what attention can do without: two kernels serve in its place
 DTYPES = ("bfloat16", "float16", "float32")
 TUNED_DTYPES = DTYPES[:2]  # by default: float32 is a fallback, and slow
 ARCHITECTURES = ("hopper", "ampere")
-CHECK_SECONDS, RACE_SECONDS = 120.0, 180.0  # what takes longer hangs; compiling is part of it
-MOST_PROCESSES = 16
+RACE_SECONDS = 180.0  # what takes longer hangs
 
 
 def check(entry: Entry, device: torch.device) -> float:
@@ -42,6 +42,7 @@ def check(entry: Entry, device: torch.device) -> float:
     verdict = check_candidate(entry.direction, entry.config, entry.head_dim, dtype, device)
     if verdict.problem:
         raise Refused(verdict.problem)
+    launch_once(entry, device)
     return verdict.error or 0.0
 
 
@@ -52,8 +53,10 @@ def tune(
     together: Attempt,
     alone: Attempt,
     make_clock: ClockMaker,
-) -> list[Entry]:
+) -> Iterator[list[Entry]]:
     """What was found: for each candidate an entry for each of LENGTHS, without a cost where it is refused.
+
+    Yields it after each race, so far as it stands: what still waits for its first race is left out.
 
     together: runs the checks, several at once. alone: the races, and what failed in company. make_clock: of the
     device, in the process that times.
@@ -66,7 +69,8 @@ def tune(
     right: list[Entry] = []
     found: list[Entry] = []
     checking = partial(check, device=device)
-    judged = with_second_try(checking, candidates, first=together, second=alone, again=short_of_memory)
+    first = sparing(together, lambda entry: entry.config.kernel)
+    judged = with_second_try(checking, candidates, first=first, second=alone, again=short_of_memory)
     for count, (entry, error, failure) in enumerate(judged, 1):
         if failure:
             found += refused(entry, LENGTHS, failure)
@@ -74,17 +78,15 @@ def tune(
             right.append(entry)
         verdict = "refused" if failure else f"right, error {error:.0e}"
         progress(entry, f"{verdict} ({count} of {len(candidates)})")
+    waiting = {kind(entry) for entry in right}
     timing = partial(measure, device=device, make_clock=make_clock)
     for race, times, failure in with_second_try(timing, races(right), first=alone, second=alone, again=one_by_one):
         found += refused(race.entries[0], [race.length], failure) if failure else measured(race, times)
         for entry, ms in zip(race.entries, times or (), strict=bool(times)):
             progress(entry, f"{ms:.4g} ms with {race.length} keys")
-    return found
-
-
-def short_of_memory(outcome: Outcome) -> list[Entry]:
-    """The candidate, if others may have taken the memory that it needs."""
-    return [outcome.item] if "OutOfMemory" in str(outcome.failure) else []
+        waiting -= {kind(entry) for entry in race.entries}
+        yield [entry for entry in found if kind(entry) not in waiting]
+    yield found
 
 
 def one_by_one(outcome: Outcome) -> list[Race]:
@@ -98,7 +100,6 @@ def save(gpu: torch.device, found: Sequence[Entry]) -> None:
     file = cache_file(torch.cuda.get_device_name(gpu))
     tuned = {kind(entry) for entry in found}
     write_entries(file, [*(entry for entry in read_entries(file) if kind(entry) not in tuned), *found])
-    print(f"wrote {file}")
 
 
 def report(candidates: Sequence[Entry], found: Sequence[Entry]) -> bool:
@@ -174,10 +175,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("longtake tune: `longtake tune --show` prints what runs where nothing is measured", file=sys.stderr)
         sys.exit(2)
     print(f"{torch.cuda.get_device_name(gpu)}, Triton {triton.__version__}: {what}", flush=True)
-    together = in_processes(min(MOST_PROCESSES, os.cpu_count() or 1), seconds=CHECK_SECONDS)
+    together = in_processes(num_processes(gpu), seconds=CHECK_SECONDS)
     alone = in_processes(1, seconds=RACE_SECONDS)
-    found = tune(candidates, gpu, together=together, alone=alone, make_clock=clock_of)
-    save(gpu, found)
+    found: list[Entry] = []
+    for found in tune(candidates, gpu, together=together, alone=alone, make_clock=clock_of):
+        save(gpu, found)  # each time: what breaks off later loses nothing
+    print(f"wrote {cache_file(torch.cuda.get_device_name(gpu))}")
     if not report(candidates, found):
         sys.exit(1)
 

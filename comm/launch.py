@@ -3,6 +3,7 @@
 A rank that fails ends the job: its error is raised once, in the process that started the ranks.
 """
 
+import inspect
 import json
 import logging
 import multiprocessing
@@ -114,6 +115,11 @@ def _join(body: Callable[..., Any], args: tuple[Any, ...], timeout: timedelta, s
     return result
 
 
+def shutdown_timeout() -> dict[str, Any]:
+    """Seconds that torch's launcher gives other ranks to end; PyTorch 2.11 cannot be told and gives them 30."""
+    return {"shutdown_timeout": 5} if "shutdown_timeout" in inspect.signature(LaunchConfig).parameters else {}
+
+
 def _start(
     body: Callable[..., Any], args: tuple[Any, ...], world_size: int, timeout: timedelta, share_gpu: bool
 ) -> Any:
@@ -134,7 +140,7 @@ def _start(
             local_addr="localhost",
             max_restarts=0,
             start_method="forkserver",
-            shutdown_timeout=5,
+            **shutdown_timeout(),
         )
         try:
             return elastic_launch(config, _rank_main)(folder, body, args, timeout, share_gpu)[0]

@@ -57,3 +57,10 @@ def test_the_tests_run_on_pinned_versions() -> None:
     for one in requirements()[""] + requirements()["dev"]:
         [pin] = pins[one.name.lower()]
         assert pin.operator == "==" and one.specifier.contains(pin.version), str(one)
+
+
+def test_a_package_named_tests_elsewhere_hides_nothing(tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "__init__.py").touch()
+    program = f"import sys; sys.path.append({str(tmp_path)!r}); import tests.ranks"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

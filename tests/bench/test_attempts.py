@@ -1,9 +1,21 @@
 """Calls that may raise, hang or end their process: what becomes of each, and that the others go on."""
 
+import importlib
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from longtake.bench.attempts import Attempt, Outcome, Refused, directly, in_processes, with_second_try
+from longtake.bench.attempts import (
+    Attempt,
+    Outcome,
+    Refused,
+    directly,
+    in_processes,
+    short_of_memory,
+    sparing,
+    with_second_try,
+)
 
 RAISES = "1 / 0"
 REFUSES = "exec('from longtake.bench.attempts import Refused; raise Refused(str(6 * 7))')"
@@ -51,3 +63,49 @@ def test_what_fails_is_tried_again_as_told() -> None:
 
     found = list(with_second_try(fails_from_3, [20, 1, 3], first=directly, second=second, again=parts))
     assert found == [(1, "first", None), (3, None, "no"), (19, "second", None), (21, "second", None)]
+
+
+def test_what_is_tried_next_is_known_when_a_process_is_free() -> None:
+    answers = []
+
+    def items() -> Iterator[str]:
+        yield "1"
+        yield str(answers)
+
+    for outcome in in_processes(1, seconds=20)(eval, items()):
+        answers.append(outcome.result)
+    assert answers == [1, [1]]
+
+
+def test_the_rest_of_a_kind_that_hangs_is_not_tried() -> None:
+    hanging = [f"{HANGS}  # {i}" for i in range(4)]
+    began = time.monotonic()
+    found = list(sparing(in_processes(1, seconds=1), kind=len)(eval, [*hanging, "7"]))
+    assert {outcome.item: outcome.failure or outcome.result for outcome in found} == {
+        **dict.fromkeys(hanging[:2], "no answer in 1 s"),
+        **dict.fromkeys(hanging[2:], f"not tried: 2 of {len(hanging[0])} gave no answer"),
+        "7": 7,
+    }
+    assert time.monotonic() - began < 30
+
+
+def test_what_a_process_imports_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow_to_import.py").write_text(
+        "import os, time\ntime.sleep(5 if 'SLOW_IMPORT' in os.environ else 0)\ndef double(x):\n    return 2 * x\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    double = importlib.import_module("slow_to_import").double
+    monkeypatch.setenv("SLOW_IMPORT", "1")
+    assert list(in_processes(1, seconds=2)(double, [3])) == [(3, 6, None)]
+
+
+@pytest.mark.parametrize(
+    ("failure", "again"),
+    [
+        ("causal: OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", True),
+        ("RuntimeError: Triton Error [CUDA]: out of memory", True),
+        ("out of resource: shared memory", False),
+    ],
+)
+def test_what_lacked_memory_is_worth_a_second_try(failure: str, again: bool) -> None:
+    assert short_of_memory(Outcome("x", None, failure)) == ["x"] * again

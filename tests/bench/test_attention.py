@@ -6,11 +6,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from longtake.bench import attention, attention_gpu, attention_peers, attention_run
+from longtake.bench.attempts import directly
 from longtake.bench.attention import COLUMNS, format_row, main
+from longtake.bench.attention_gpu import Group
 from longtake.bench.attention_run import Options, wanted_groups
 from longtake.bench.attention_shapes import Shape, plain, tiny
 from longtake.bench.attention_verdicts import shipped
@@ -63,6 +66,7 @@ def test_the_rehearsal_goes_through_every_step(tmp_path: Path, capsys: pytest.Ca
         "right: flash_forward, float32",
         "right: decode, float32",
         "4 of 4 candidates are right",
+        "called each of ours once on each shape",
         "without compute-sanitizer: clean",
         "(a rehearsal: all times are made up)",
         "made up: forward, head dims 72 and 80",
@@ -114,7 +118,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def stopwatch(device: torch.device, allowance: Allowance) -> Stopwatch:
         def measure(calls: Sequence[Call]) -> list[Timing]:
-            steps.append("time")
+            steps.append(f"time {allowance.seconds:.1f} s")
             return fake_stopwatch(calls)
 
         return measure
@@ -141,12 +145,15 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "all_shapes": shapes,
         "quick_shapes": shapes,
         "CANARY_SIZE": 64,
+        "in_processes": lambda count, seconds: directly,
     }.items():
         monkeypatch.setattr(attention_run, name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(attention_peers, "BACKENDS", ("cpu",))
     monkeypatch.setattr(attention_gpu, "choices_of", lambda *args: [])
+    monkeypatch.setattr(attention_run, "call_once", lambda what, **options: steps.append(f"call {what[1]} {what[2]}"))
     monkeypatch.chdir(tmp_path)
+    attention_run.make_bench.cache_clear()
     return steps
 
 
@@ -155,8 +162,9 @@ def test_on_a_gpu_correctness_comes_first(gpu: list[str], tmp_path: Path, monkey
     monkeypatch.setattr(Sensors, "__enter__", lambda self: begun.append("sensors") or self)
     monkeypatch.setattr(Sensors, "__exit__", lambda self, *error: begun.append("ended"))
     main([])
-    assert gpu == ["check", "sanitize memcheck,racecheck,synccheck --sanitize", "time", "time"]
-    assert begun == ["sensors", "ended"]
+    calls = ["call forward cpu", "call backward cpu"]
+    assert gpu == ["check", "sanitize memcheck,racecheck,synccheck --sanitize", *calls, "time 2.0 s", "time 2.0 s"]
+    assert begun == ["sensors", "ended"] * 2
     (file,) = (tmp_path / "bench" / "results").glob("*.json")
     report = json.loads(file.read_text())
     assert not report["rehearsal"] and [group["name"] for group in report["groups"]] == [
@@ -169,7 +177,7 @@ def test_on_a_gpu_correctness_comes_first(gpu: list[str], tmp_path: Path, monkey
 
 def test_quick_leaves_the_sanitizer_out(gpu: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     main(["--quick"])
-    assert gpu == ["check", "time", "time"]
+    assert [step.split()[0] for step in gpu] == ["check", "call", "call", "time", "time"]
     assert "compute-sanitizer: not run: --quick" in capsys.readouterr().out
 
 
@@ -178,6 +186,62 @@ def test_only_head_dims_that_are_timed_are_checked(gpu: list[str], monkeypatch: 
     monkeypatch.setattr(attention_run, "check_all", lambda items, *args, **options: asked.extend(items) or {})
     main(["--quick"])
     assert asked == shipped("hopper", (72,), ("bfloat16",))
+
+
+def test_the_time_for_timing_begins_after_the_checks(gpu: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--minutes", "0.1"])
+    assert gpu[-2:] == ["time 1.5 s", "time 2.0 s"], "half of the 6 s that are left, over the groups that are left"
+    main(["--minutes", "-1"])
+    assert "for want of time: d72-full-4k-forward, d72-full-4k-backward" in capsys.readouterr().out
+
+
+def test_what_a_first_call_breaks_is_named_and_left_out(
+    gpu: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def breaks(what: tuple[Shape, str, str], **options: object) -> None:
+        if what[1] == "forward":
+            raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(attention_run, "call_once", breaks)
+    with pytest.raises(SystemExit):
+        main([])
+    why = "RuntimeError: an illegal memory access was encountered"
+    assert f"WRONG: d72-full-4k-forward, cpu: {why}" in capsys.readouterr().out.splitlines()
+    (file,) = (tmp_path / "bench" / "results").glob("*.json")
+    forward, backward = json.loads(file.read_text())["groups"]
+    assert (forward["rows"][0]["note"], forward["rows"][0]["timing"]) == (why, None)
+    assert forward["rows"][1]["timing"] is not None and backward["rows"][0]["timing"] is not None
+
+
+def test_a_group_that_breaks_costs_no_other(
+    gpu: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = attention_run.measure
+
+    def breaks(shape: Shape, direction: str, *args: Any) -> Group:
+        if direction == "forward":
+            raise RuntimeError("FlexAttention: CUDA error: an illegal memory access was encountered")
+        return right(shape, direction, *args)
+
+    monkeypatch.setattr(attention_run, "measure", breaks)
+    with pytest.raises(SystemExit):
+        main([])
+    (file,) = (tmp_path / "bench" / "results").glob("*.json")
+    report = json.loads(file.read_text())
+    assert list(report["broken"]) == ["d72-full-4k-forward"] and "FlexAttention" in str(report["broken"])
+    assert [group["name"] for group in report["groups"]] == ["d72-full-4k-backward"]
+    assert file.with_suffix(".png").exists()
+
+
+def test_what_is_too_large_for_a_gpu_is_told_and_no_fault(
+    gpu: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 96 GiB")
+
+    monkeypatch.setattr(attention_run, "measure", full)
+    main([])
+    assert "d72-full-4k-forward: OutOfMemoryError: CUDA out of memory" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fault", ["kernel", "sanitizer", "answer", "breaks off"])
@@ -192,7 +256,7 @@ def test_what_is_wrong_is_named_at_the_end_and_ends_with_1(
         "kernel": "WRONG: forward d72 bfloat16 flash_forward 128x128, 8 warps, 2 stages: out is off",
         "sanitizer": "WRONG: racecheck: found: Race",
         "answer": "WRONG: d72-full-4k-forward, cpu: TypeError",
-        "breaks off": "WRONG: timing broke off after nothing: CUDA error: an illegal memory access",
+        "breaks off": "WRONG: timing d72-full-4k-forward: RuntimeError: CUDA error: an illegal memory access",
     }[fault]
     if fault == "kernel":
         monkeypatch.setattr(attention_run, "check_all", lambda *args, **options: {candidate: "out is off"})
@@ -201,7 +265,7 @@ def test_what_is_wrong_is_named_at_the_end_and_ends_with_1(
     elif fault == "answer":
         monkeypatch.setattr(attention_peers, "attention", None)
     else:
-        monkeypatch.setattr(attention_gpu, "measure", breaks)
+        monkeypatch.setattr(attention_run, "measure", breaks)
     with pytest.raises(SystemExit) as ended:
         main([])
     assert ended.value.code == 1

@@ -10,14 +10,25 @@ from typing import Any
 import pytest
 import torch
 from longtake.bench import attention_gpu, attention_peers
-from longtake.bench.attention_gpu import Bench, Group, Ready, choices_of, measure_all, measure_shape, profile, row_error
+from longtake.bench.attention_gpu import Bench, Group, Ready, call_once, choices_of, measure, profile, row_error
 from longtake.bench.attention_peers import Contender, Inputs, NotServedError, contenders, flex_mask, random_inputs
-from longtake.bench.attention_shapes import Shape, all_shapes, grouped, packed, plain, ring_step, tiny, visibility
-from longtake.bench.clock import Allowance, Call, Timing
+from longtake.bench.attention_shapes import (
+    DIRECTIONS,
+    Shape,
+    all_shapes,
+    grouped,
+    packed,
+    plain,
+    ring_step,
+    tiny,
+    visibility,
+)
+from longtake.bench.clock import Call, Timing
 from longtake.kernels.attention import attention
 from longtake.kernels.backend import block_backward, block_forward
 from longtake.kernels.table import entries_for
 from torch import Tensor
+from torch.nn.attention import varlen
 
 from tests.kernels.masks import dense
 
@@ -57,7 +68,7 @@ def cpu_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def groups_of(shape: Shape, bench: Bench = BENCH) -> list[Group]:
-    return list(measure_shape(tiny(shape), bench))
+    return [measure(tiny(shape), direction, bench) for direction in DIRECTIONS]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -152,7 +163,7 @@ def test_kernels_that_were_found_wrong_are_left_out() -> None:
         for entry in entries_for(CPU)
         if entry.direction == "forward"
     }
-    for group in measure_shape(shape, replace(BENCH, wrong=wrong)):  # the backward follows the forward
+    for group in groups_of(shape, replace(BENCH, wrong=wrong)):  # the backward follows the forward
         assert group.rows[0].contender == "triton"
         assert group.rows[0].note.startswith("left out: flash_forward ")
         assert not group.rows[0].wrong
@@ -180,24 +191,59 @@ def test_ratios(cpu_backend: None) -> None:
     assert (plain_call.kind, flash.kind, cudnn.kind) == ("plain call", "peer", "peer")
 
 
-def test_no_shape_begins_after_the_deadline(cpu_backend: None) -> None:
-    allowance = Allowance(0.0)
-    shapes = [(tiny(SHAPES["full"]), ["forward"]), (tiny(SHAPES["causal"]), ["backward"])]
-    assert list(measure_all(shapes, BENCH, deadline=0.0, allowance=allowance)) == []
-    found = list(measure_all(shapes, BENCH, deadline=float("inf"), allowance=allowance))
-    assert [group.name for group in found] == ["d72-full-4k-forward", "d64-causal-4k-backward"]
-    assert allowance.seconds == attention_gpu.MOST_SECONDS
+def test_one_that_is_left_out_is_not_called_and_counts_as_wrong(
+    cpu_backend: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    group = measure(tiny(SHAPES["full"]), "forward", BENCH, {"cpu": "no answer in 40 s"})
+    assert (group.rows[0].contender, group.rows[0].note, group.rows[0].wrong) == ("cpu", "no answer in 40 s", True)
+    assert group.rows[1].timing is not None
+    called = [line for line in capsys.readouterr().err.splitlines() if line.startswith("calling")]
+    assert called == ["calling SDPA flash on d72-full-4k-forward", "calling SDPA cuDNN on d72-full-4k-forward"]
 
 
-def test_what_is_too_large_is_passed_over(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def full(*args: object) -> None:
-        raise torch.OutOfMemoryError("no memory")
+def test_a_fault_is_that_of_the_one_that_was_called(cpu_backend: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        @staticmethod
+        def synchronize() -> None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(attention_gpu, "random_inputs", full)
-    assert (
-        list(measure_all([(SHAPES["full"], ["forward"])], BENCH, deadline=float("inf"), allowance=Allowance(0))) == []
-    )
-    assert "d72-full-4k: too large" in capsys.readouterr().out
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Broken)
+    message = "^cpu: RuntimeError: CUDA error: an illegal memory access"
+    with pytest.raises(RuntimeError, match=message):
+        measure(tiny(SHAPES["full"]), "backward", BENCH)
+    with pytest.raises(RuntimeError, match=message):
+        call_once((tiny(SHAPES["full"]), "forward", "cpu"), device=CPU, dtype=torch.float32, wrong=())
+
+
+def varlen_of_2_11(
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_seq_q: Any,
+    cu_seq_k: Any,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: Any = None,
+    scale: Any = None,
+    window_size: Any = (-1, -1),
+) -> None:
+    pass
+
+
+def test_packed_documents_have_a_peer_in_each_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = tiny(SHAPES["packed"])
+    assert shape.heads != shape.kv_heads
+    flash = next(one for one in contenders(shape, CPU) if one.name == "SDPA flash")
+    inputs = random_inputs(shape, torch.float32, CPU)
+    with pytest.raises(NotServedError, match="for a CPU"):
+        flash.make(shape, inputs, "forward")
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_of_2_11)
+    with pytest.raises(NotServedError, match="for a CPU"):
+        flash.make(shape, inputs, "forward")
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value: None)
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        flash.make(shape, inputs, "forward")
 
 
 def test_a_row_that_is_off_is_seen_among_many() -> None:

@@ -1,16 +1,20 @@
 """The verdict on all kernels: what is wrong is named and the others are still tried; so with compute-sanitizer."""
 
+import re
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from longtake.bench import attention_verdicts
-from longtake.bench.attempts import directly
+from longtake.bench.attempts import Outcome, directly
 from longtake.bench.attention_check import Verdict
 from longtake.bench.attention_gpu import Candidate
 from longtake.bench.attention_verdicts import (
+    KERNEL_NAMES,
     check_all,
+    num_processes,
     outcome_of,
     sanitize,
     sanitized,
@@ -33,7 +37,7 @@ def test_what_is_wrong_is_named_and_the_others_are_tried(
         if direction == "dkdv" and dtype == torch.bfloat16:
             return Verdict(0.5, "causal: dk is off by 0.5")
         if direction == "dq" and len(asked) < 9:
-            raise RuntimeError("OutOfMemoryError: CUDA out of memory")
+            raise RuntimeError("Triton Error [CUDA]: out of memory")
         return Verdict(1e-3, "")
 
     monkeypatch.setattr(attention_verdicts, "check_candidate", check)
@@ -60,12 +64,51 @@ def test_what_ships_is_checked(arch: str) -> None:
     assert len(few) == len({(item[3].kernel, item[1]) for item in few})
 
 
+def test_a_kernel_whose_candidates_hang_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def together(function: Callable[[Candidate], float], items: Iterable[Candidate]) -> Iterator[Outcome]:
+        for item in items:
+            hangs = item[3].kernel == "hopper_forward"
+            yield Outcome(item, None, "no answer in 40 s") if hangs else Outcome(item, function(item), None)
+
+    monkeypatch.setattr(attention_verdicts, "check_candidate", lambda *args, **options: Verdict(1e-3, ""))
+    items = shipped("hopper", (64, 128), ("bfloat16",))
+    hanging = [item for item in items if item[3].kernel == "hopper_forward"]
+    wrong = check_all(items, CPU, together=together, alone=directly, quick=True)
+    assert list(wrong) == hanging and len(hanging) > 3
+    assert [why for why in wrong.values() if why != "not tried: 2 of hopper_forward gave no answer"] == [
+        "no answer in 40 s"
+    ] * 2
+    said = capsys.readouterr().err
+    assert [line for line in said.splitlines() if "checking" in line] == [
+        f"checking {attention_verdicts.name_of(item)}" for item in items if item not in hanging
+    ]
+
+
+def test_as_many_are_checked_at_once_as_find_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_verdicts.os, "cpu_count", lambda: 64)
+    assert num_processes(CPU) == 16
+    for free, count in ((80e9, 16), (23e9, 4), (1e9, 1)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (int(free), int(80e9)))
+        assert num_processes(torch.device("cuda", 0)) == count
+
+
+def test_the_kernels_that_a_sanitizer_watches_are_ours() -> None:
+    sources = Path(attention_verdicts.__file__).parents[1].glob("kernels/*.py")
+    names = {name for path in sources for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)}
+    assert set(KERNEL_NAMES) == names
+    prefix = sanitizer_prefixes("tool")["racecheck"]
+    assert all(f"--kernel-name kernel_substring={name}" in " ".join(prefix) for name in names)
+    assert "--report-api-errors no" in " ".join(prefix)
+
+
 SANITIZER = """#!/bin/sh
 [ "$1 $3 $4" = "--tool --error-exitcode 9" ] || exit 2
 [ "$PYTORCH_NO_CUDA_MEMORY_CACHING" = 1 ] || exit 3
 echo "========= COMPUTE-SANITIZER"
 tool=$2
-shift 6
+while [ "$1" != /bin/sh ]; do shift; done
 "$@" $tool
 case "$tool" in
 racecheck) echo "========= Race reported between Write and Read"; exit 9 ;;

@@ -87,6 +87,15 @@ def test_other_bytes_than_were_sent_are_named(operation: str, who: str) -> None:
         run_ranks(measure_with_a_thief, 2, operation, who)
 
 
+@pytest.mark.parametrize(("flags", "max_bytes"), [([], 2**30), (["--share-gpu"], 2**24)])
+def test_ranks_that_share_a_gpu_send_less(flags: list[str], max_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: list[Setting] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(comm, "launch", lambda body, setting, *rest, **options: settings.append(setting))
+    main(["--world", "2", *flags])
+    assert settings[0].max_bytes == max_bytes
+
+
 @pytest.mark.parametrize(
     ("name", "tflops", "link_gbs"),
     [

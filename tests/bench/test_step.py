@@ -1,6 +1,7 @@
 """The step benchmark: its documents, its table, and the arithmetic of growth and MFU; not its times."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,14 @@ def test_table_and_json_agree(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     assert rows[0]["growth"] is None and rows[1]["growth"] == growth(*rows)
 
 
+def nothing(rows: Sequence[dict[str, Any]]) -> None:
+    pass
+
+
 def measure_on(rank: int) -> list[dict[str, Any]]:
     arguments = "--shape demo --lengths 64,96 --steps 1 --ring 2 --peak-tflops 0.5"
     setting, lengths, _ = parse(arguments.split())
-    return measure(setting, lengths)
+    return measure(setting, lengths, nothing)
 
 
 def test_the_first_rank_reports_for_all() -> None:
@@ -73,7 +78,7 @@ def test_a_gpu_that_runs_out_of_memory_ends_the_table(
 ) -> None:
     setting, _, _ = parse(["--shape", "demo"])
     monkeypatch.setattr(step, "measure_length", out_of_memory)
-    assert launch(step.measure, setting, [64, 96], world_size=1) == []
+    assert launch(step.measure, setting, [64, 96], nothing, world_size=1) == []
     assert capsys.readouterr().out == "      64 tokens: out of GPU memory\n"
 
 

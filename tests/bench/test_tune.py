@@ -28,7 +28,8 @@ PLAIN, SMALL = Config("flash_forward", 32, 32, 8, 2), Config("flash_forward", 16
 GLUON = Config("hopper_forward", 32, 32, 4, 2)
 WRONG, FLAKY, BROKEN = (Config("flash_forward", 32, 32, 4, stages) for stages in (7, 8, 9))
 DKDV, DQ, FUSED = (Config(name, 32, 32, 8, 2) for name in ("flash_dkdv", "flash_dq", "hopper_backward"))
-DIRECTIONS = {DKDV: "dkdv", DQ: "dq", FUSED: "backward"}
+DKDV_SMALL = Config("flash_dkdv", 16, 16, 4, 2)
+DIRECTIONS = {DKDV: "dkdv", DKDV_SMALL: "dkdv", DQ: "dq", FUSED: "backward"}
 FORWARD_KERNELS = frozenset({"flash_forward", "hopper_forward"})
 TURN = count()
 RIGHT, BAD = Verdict(1e-7, ""), Verdict(None, "is off")
@@ -90,7 +91,8 @@ def all_right(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def tuned(times: Milliseconds) -> list[Entry]:
     entries = [candidate(config) for config in times]
-    return tune.tune(entries, CPU, together=directly, alone=directly, make_clock=clock(times))
+    *_, found = tune.tune(entries, CPU, together=directly, alone=directly, make_clock=clock(times))
+    return found
 
 
 @pytest.fixture
@@ -171,10 +173,41 @@ def test_one_that_fails_in_a_race_is_refused_there_alone(small: None, all_right:
 
 
 def test_one_that_lacked_memory_in_company_is_checked_again_alone(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    verdicts = [Verdict(None, "causal: OutOfMemoryError: tried to allocate 2 GiB"), RIGHT]
+    verdicts = [Verdict(None, "causal: RuntimeError: Triton Error [CUDA]: out of memory"), RIGHT]
     verdict(monkeypatch, lambda direction: verdicts.pop(0))
     assert all(entry.cost for entry in tuned({PLAIN: (1, 1)}))
     assert verdicts == []
+
+
+def test_what_a_race_launches_was_launched_in_the_check(
+    small: None, all_right: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[int] = []
+    monkeypatch.setattr(races, "launches", lambda race, device: [partial(launched.append, race.length)])
+    entries = [candidate(PLAIN)]
+    list(tune.tune(entries, CPU, together=directly, alone=directly, make_clock=lambda device: lambda calls: [1.0]))
+    assert launched == [LENGTHS[0]]
+
+
+def test_what_breaks_off_keeps_what_was_measured(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    times: Milliseconds = dict.fromkeys((PLAIN, DKDV, DKDV_SMALL, DQ, FUSED), (1, 1))
+    file = gpu(times)
+    wrong = DKDV_SMALL, FUSED
+    monkeypatch.setattr(tune, "check_candidate", lambda direction, config, *rest: BAD if config in wrong else RIGHT)
+    told = iter([clock(times)(CPU)] * 2)  # for the forward's lengths; then Ctrl-C
+
+    def until_broken(device: torch.device) -> Clock:
+        found = next(told, None)
+        if found is None:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(tune, "clock_of", until_broken)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    kept = {(entry.direction, entry.length, entry.cost is not None) for entry in read_entries(file)}
+    forward = {("forward", length, True) for length in LENGTHS}
+    assert kept == forward | {("backward", length, False) for length in LENGTHS}, "nothing right of dkdv is known yet"
 
 
 # What is chosen then
@@ -264,7 +297,7 @@ def test_the_kernels_are_checked_and_timed_through_the_interpreter(monkeypatch: 
     monkeypatch.setattr(races, "TOKENS", 32)
     monkeypatch.setattr(tune, "check_candidate", partial(attention_check.check_candidate, quick=True))
     entries = [e for e in table.checked_in("interpreter") if (e.head_dim, e.dtype) == (64, "float16")]
-    found = tune.tune(entries, CPU, together=directly, alone=directly, make_clock=lambda _: medians(fake_stopwatch))
+    *_, found = tune.tune(entries, CPU, together=directly, alone=directly, make_clock=lambda _: medians(fake_stopwatch))
     assert [entry.direction for entry in found] == ["forward", "decode", "dkdv", "dq"]
     assert all(entry.cost and re.fullmatch(r"measured on [\d-]+: 1 ms", entry.why) for entry in found)
 

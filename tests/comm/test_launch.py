@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from longtake.comm.launch import RankError, launch, take_device
 from longtake.comm.mesh import Mesh
+from torch.distributed.launcher.api import LaunchConfig
 
 from tests.comm import launch_bodies
 
@@ -59,6 +60,28 @@ def test_ranks_are_processes_of_their_own_with_their_share_of_the_cores() -> Non
     assert len({os.getpid(), *pids}) == 4
     assert set(threads) == {max(1, len(os.sched_getaffinity(0)) // 3)}
     assert gone(list(pids))
+
+
+def test_ranks_start_on_a_pytorch_whose_launcher_cannot_be_told_to_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Of211(LaunchConfig):
+        def __init__(
+            self,
+            *,
+            min_nodes: int,
+            max_nodes: int,
+            nproc_per_node: int,
+            run_id: str,
+            rdzv_backend: str,
+            rdzv_endpoint: str,
+            local_addr: str,
+            max_restarts: int,
+            start_method: str,
+        ) -> None:
+            known = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+            super().__init__(**known)
+
+    monkeypatch.setattr("longtake.comm.launch.LaunchConfig", Of211)
+    assert len(launch(launch_bodies.report, 2, world_size=2)) == 2
 
 
 def test_one_rank_runs_here_and_leaves_no_group_behind() -> None:

@@ -71,7 +71,7 @@ def gradients(device: str | None) -> dict[str, Tensor]:
     batch = shard_documents(documents, mesh=mesh, tokens_per_frame=TOKENS_PER_FRAME)
     pixels = torch.cat([document.pixels for document in documents])[batch.frames.first : batch.frames.last]
     model = random_model(tiny_config(), seed=0).to(mesh.device).train()
-    config = TrainConfig(stage=5, model=Path(), data=Path(), out=Path(), steps=1, ring=2, ulysses=2)
+    config = TrainConfig(stage=5, model=Path(), data=Path(), out=Path(), steps=1, ring=2, ulysses=2, dtype="float32")
     shard_parameters(model, mesh, config)
     data = StepData([(batch, pixels.to(mesh.device))], batch.total_weight, batch.num_tokens, batch.num_frames, 0, 0, 0)
     loss = compute_gradients(model, data, mesh)
