@@ -12,6 +12,7 @@ from torch import Tensor
 from ..comm.layout import Layout
 from ..comm.mesh import Mesh
 from ..kernels.device import to_device
+from .once import OnceDifferentiable
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +71,7 @@ def to_owners(features: Tensor, route: FrameRoute) -> Tensor:
     return _ToOwners.apply(features.flatten(0, 1), route)
 
 
-class _ToOwners(torch.autograd.Function):
+class _ToOwners(OnceDifferentiable):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, route: FrameRoute) -> Tensor:
         ctx.route = route

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..comm.agreement import AgreedTransport
 from ..comm.layout import Layout
 from ..comm.mesh import Mesh
 from ..kernels.device import to_device
@@ -31,7 +32,7 @@ from .batch import LAYOUTS
 from .huggingface_attention import longtake_attention, longtake_mask
 from .huggingface_cache import EvenCache
 from .huggingface_call import Call, padding_of, text_positions
-from .huggingface_check import check_model
+from .huggingface_check import check_batch, check_model
 from .huggingface_families import PIXELS
 from .huggingface_loss import LabelledTokens, sum_gradients, sum_over_ranks
 from .huggingface_share import SharedTokens, Tokens, TokenShare
@@ -63,11 +64,12 @@ def enable(
     """Give a Transformers decoder, text or vision-language, 2D sequence parallelism over `mesh`, until `disable`.
 
     Every rank of a sequence-parallel group calls the model with the same whole batch: input_ids, labels,
-    attention_mask, position_ids [B, S], pixels. Any length, padding on either side, rows of packed documents
-    (position_ids that restart, no attention_mask), image tokens that see each other both ways (Gemma 3). An image is
-    encoded by one rank, and its features go to the owners of their tokens; a rank embeds no others (`FAMILIES` in
-    huggingface_families.py). Other vision-language models, and callers with embeddings or features of their own, have
-    embeddings [B, S, C] whole on each rank up to the decoder, and other encoders run whole there.
+    attention_mask, position_ids [B, S], pixels; at the first call (with LONGTAKE_DEBUG=1 at each) the ranks compare it.
+    Any length, padding on either side, rows of packed documents (position_ids that restart, no attention_mask), image
+    tokens that see each other both ways (Gemma 3). An image is encoded by one rank, and its features go to the owners
+    of their tokens; a rank embeds no others (`FAMILIES` in huggingface_families.py). Other vision-language models, and
+    callers with embeddings or features of their own, have embeddings [B, S, C] whole on each rank up to the decoder,
+    and other encoders run whole there.
 
     - With labels, the loss is that of the whole batch, the same on every rank: the mean over its labels, or
       their sum over num_items_in_batch. Labels of padding do not count. Only this rank's tokens that bear a loss reach
@@ -82,7 +84,8 @@ def enable(
       same tokens; seed all ranks alike before sampling. Images of a prompt that is prefilled in chunks, or copied
       (num_return_sequences), are encoded before, whole, on every rank.
 
-    Enable first, wrap then (DDP, FSDP). layout, route: as in `longtake.model.batch.shard_documents`.
+    Enable first, wrap then (DDP, FSDP). A deep copy, such as AveragedModel's, is enabled as well, on the same mesh.
+    layout, route: as in `longtake.model.batch.shard_documents`.
     Raises ValueError for a model whose attention we do not do, an unknown layout, and a model enabled before.
     """
     if hasattr(model, KEPT):
@@ -119,11 +122,12 @@ class _SequenceParallel:
         self.route: Route = route
         self.gradient = {"sum": 1.0, "mean": float(mesh.sp_size)}[gradients]
         self.call = Call()  # the one that is going on
+        self.agreed = False  # the ranks compare their first batch alone: the host waits for it
         self.implementations = _implementations(model)
         model.set_attn_implementation(NAME)
         vision = share_vision(model, mesh)
         self.replaced: dict[str, Any] = {}  # attributes of the model itself, None where it had its class's
-        self._replace("forward", self._around)
+        self._replace("forward", self._run)
         decoder = _decoder(model)
         self.handles = [
             decoder.register_forward_pre_hook(self.shard, with_kwargs=True),
@@ -135,9 +139,11 @@ class _SequenceParallel:
             if hasattr(model, ENCODES_FIRST):
                 self._replace(ENCODES_FIRST, _leave_to_prefill)
 
-    def _replace(self, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    def _replace(self, name: str, run: Callable[..., Any]) -> None:
+        """run(original, ...) in place of original(...): a partial, which a deep copy of the model has its own of."""
+        original = getattr(self.model, name)
         self.replaced[name] = self.model.__dict__.get(name)
-        setattr(self.model, name, wrap(getattr(self.model, name)))
+        setattr(self.model, name, functools.update_wrapper(functools.partial(run, original), original))
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -149,21 +155,18 @@ class _SequenceParallel:
             if before is not None:
                 setattr(self.model, name, before)
 
-    def _around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _run(self, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """The model's forward() and its loss, by no hooks: what wraps a model (PEFT) may go past them."""
-        signature = inspect.signature(forward)
-
-        @functools.wraps(forward)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            self.call = Call.of(signature, args, kwargs)
+        self.call = Call.of(inspect.signature(forward), args, kwargs)
+        try:
             if self.call.shifted_labels is not None and self.model.get_output_embeddings() is None:
                 raise ValueError(f"{type(self.model).__name__} has no head that predicts tokens: leave out labels")
-            try:
-                return self._add_loss(forward(**self.call.arguments))
-            finally:
-                self.call = Call()
-
-        return run
+            if not self.agreed or isinstance(self.mesh.transport, AgreedTransport):
+                check_batch(self.call, self.mesh)
+                self.agreed = True
+            return self._add_loss(forward(**self.call.arguments))
+        finally:
+            self.call = Call()
 
     def take_ahead(
         self, vision: VisionShare, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -301,16 +304,13 @@ class _SequenceParallel:
         return (loss, *output) if isinstance(output, tuple) else type(output)(**{"loss": loss, **output})
 
 
-def _leave_to_prefill(encode: Callable[..., Any]) -> Callable[..., Any]:
+def _leave_to_prefill(
+    encode: Callable[..., Any], inputs: Tensor, arguments: dict[str, Any], name: str | None, config: GenerationConfig
+) -> dict[str, Any]:
     """Where generate() encodes images before its prefill: a prefill in one chunk, without copies, does it by itself."""
-
-    @functools.wraps(encode)
-    def run(inputs: Tensor, arguments: dict[str, Any], name: str | None, config: GenerationConfig) -> dict[str, Any]:
-        copies = max(config.num_beams or 1, config.num_return_sequences or 1)
-        whole = config.prefill_chunk_size is None and copies == 1
-        return arguments if whole else encode(inputs, arguments, name, config)
-
-    return run
+    copies = max(config.num_beams or 1, config.num_return_sequences or 1)
+    whole = config.prefill_chunk_size is None and copies == 1
+    return arguments if whole else encode(inputs, arguments, name, config)
 
 
 def _tokens(shape: tuple[int, ...], mask: Any, position_ids: Tensor | None, cache: EvenCache | None) -> Tokens:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..comm.mesh import Mesh
 from ..comm.plan import direct
-from ..kernels.attention import attention, check_shapes
+from ..kernels.attention import attention, check_shapes, score_scale
 from ..kernels.visibility import Visibility
 from .attention_plan import AttentionPlan
 from .ring import ring_attention
@@ -179,7 +179,7 @@ def longtake_attention(
     _refuse(module, attention_mask, dropout, kwargs)
     q, k, v = (x.transpose(1, 2) for x in _as_autocast(query, key, value))
     check_shapes(q, k, v)
-    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    scale = score_scale(scaling, q.shape[-1])
     if token_share is not None:
         rows = token_share.attend(
             module.layer_idx, *(x.flatten(0, 1) for x in (q, k, v)), mask=attention_mask, scale=scale

@@ -11,6 +11,7 @@ from ..comm.transport import Handle
 from ..kernels.backend import block_backward, block_forward
 from ..kernels.visibility import Visibility
 from .attention_plan import AttentionPlan, take
+from .once import OnceDifferentiable
 
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, scale: float) -> Tensor:
@@ -18,11 +19,16 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, scal
     return _RingAttention.apply(q, k, v, plan, scale)
 
 
-class _RingAttention(torch.autograd.Function):
+_NO_ROWS = Visibility(torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int32), 0)
+
+
+class _RingAttention(OnceDifferentiable):
     """Blocks of keys come by, one a step; queries, (out, lse) and dq stay. The state is carried in float32."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+        if plan.mesh.ring > 1:  # what the backend refuses, it refuses here, not with a neighbour's keys on their way
+            block_forward(q[:0], k[:0], v[:0], _NO_ROWS, scale=scale, backend=plan.backend)
         state = None
         for step, visibility, k_block, v_block in _blocks(plan, k, v):
             final = step is plan.steps[-1]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..comm.mesh import Mesh
 from .attention_plan import AttentionPlan
+from .once import OnceDifferentiable
 
 
 class HeadSplit:
@@ -103,7 +104,7 @@ def _by_peer(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tens
     return [list(peer) for peer in zip(*parts, strict=True)]
 
 
-class _ToHeads(torch.autograd.Function):
+class _ToHeads(OnceDifferentiable):
     @staticmethod
     def forward(
         ctx: Any, mesh: Mesh, heads: Sequence[Slices], counts: Sequence[int], *tensors: Tensor
@@ -116,7 +117,7 @@ class _ToHeads(torch.autograd.Function):
         return None, None, None, *_gather_heads(ctx.mesh, ctx.heads, ctx.counts, grads)
 
 
-class _ToTokens(torch.autograd.Function):
+class _ToTokens(OnceDifferentiable):
     @staticmethod
     def forward(ctx: Any, mesh: Mesh, heads: Slices, counts: Sequence[int], x: Tensor) -> Tensor:
         ctx.mesh, ctx.heads, ctx.counts = mesh, heads, counts

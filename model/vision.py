@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels.attention import attention
 from .config import VisionConfig
+from .once import OnceDifferentiable
 
 FRAMES_PER_PASS = 8  # rows enough for full matrix products; a pass keeps 7.6 GB of so400m's 26 layers at 448 pixels
 
@@ -103,7 +104,7 @@ class VisionTransformer(nn.Module):
         return self.encoder(self.embeddings(pixels))
 
 
-class InPasses(torch.autograd.Function):
+class InPasses(OnceDifferentiable):
     """A module over a few frames at a time: forward keeps the pixels alone, backward runs pass after pass again.
 
     Unlike with torch.utils.checkpoint around each pass, the passes' gradients are added in float32 at least: autograd

@@ -1,5 +1,7 @@
 """Transformers models on ranks equal Transformers on one: loss, every gradient, greedy tokens."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from longtake.model.huggingface_attention import longtake_mask
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -235,6 +238,47 @@ def test_disable_takes_everything_back(build: Callable[[], PreTrainedModel]) -> 
     assert (set(vars(model)), model.config._attn_implementation) == (attributes, implementation)
     with pytest.raises(ValueError, match=f"{type(model).__name__} is not enabled"):
         disable(model)
+
+
+@torch.no_grad()
+def scaled(model: nn.Module, factor: float) -> None:
+    for parameter in model.parameters():
+        parameter.mul_(factor)
+
+
+@pytest.mark.parametrize("build", [qwen2, llava])
+def test_a_deep_copy_runs_and_trains_itself(build: Callable[[], PreTrainedModel]) -> None:
+    model, plain, batch = build(), build(), batches()["left"]
+    enable(model, Mesh(alone=True))
+    before = model(**batch)
+    copied = copy.deepcopy(model)
+    for changed in (copied, plain):
+        scaled(changed, 1.1)
+    assert worst_error(loss_and_gradients(copied, batch), loss_and_gradients(plain, batch)) < TOLERANCE
+    assert torch.equal(generate(copied, batch), generate(plain, batch))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    disable(copied)
+    assert torch.equal(copied(**batch).logits, plain(**batch).logits)
+    assert torch.equal(model(**batch).logits, before.logits)  # and still enabled
+    with pytest.raises(ValueError, match=r"a mesh cannot be pickled.*\(model\) before"):
+        pickle.dumps(model)
+
+
+def average_on_ranks(rank: int) -> tuple[float, float]:
+    """Errors of an average's loss and of its model's, whose weights have moved since."""
+    model, moved, batch = qwen2(), qwen2(), batches()["left"]
+    scaled(moved, 1.1)
+    expected = [float(plain(**batch).loss.detach()) for plain in (model, moved)]
+    enable(model, Mesh(ring=2))
+    average = AveragedModel(model)
+    scaled(model, 1.1)
+    found = [float(each(**batch).loss.detach()) for each in (average, model)]
+    return abs(found[0] - expected[0]), abs(found[1] - expected[1])
+
+
+def test_an_average_of_the_model_is_one_of_its_own() -> None:
+    for errors in run_ranks(average_on_ranks, 2):
+        assert max(errors) < TOLERANCE
 
 
 def test_the_loss_goes_first_and_takes_a_head() -> None:

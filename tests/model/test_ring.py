@@ -45,7 +45,8 @@ def diary_of(route: Route, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], 
         kernel = getattr(ring, name)
 
         def noted(*args: Any, kernel: Any = kernel, **options: Any) -> Any:
-            mesh.entries.append("kernel")
+            if len(args[0]):  # not where the backend is asked whether it takes such tensors
+                mesh.entries.append("kernel")
             return kernel(*args, **options)
 
         monkeypatch.setattr(ring, name, noted)

@@ -1,12 +1,18 @@
 """2D attention on N ranks equals one rank, forward and backward, for every grid, layout, route and head count."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from longtake.comm.layout import Layout, balanced, contiguous, zigzag
 from longtake.comm.mesh import Mesh
 from longtake.kernels.attention import attention
+from longtake.model.attention_plan import holdings, plan_attention
+from longtake.model.features import route_frames, to_owners
+from longtake.model.huggingface_loss import sum_over_ranks
+from longtake.model.ring import ring_attention
 from longtake.model.sequence_parallel import parallel_attention
-from longtake.model.ulysses import HeadSplit
+from longtake.model.ulysses import HeadSplit, to_heads, to_tokens
 from torch import Tensor
 
 from tests.ranks import run_ranks
@@ -189,8 +195,98 @@ def test_wrong_tokens_are_named() -> None:
     with pytest.raises(ValueError, match=r"holds 8 tokens by the layout, got q with 7"):
         parallel_attention(q, k, v, mesh=Mesh(), layout=layout)
     with pytest.raises(ValueError, match=r"3 q heads are not a multiple of 2"):
-        parallel_attention(*(torch.zeros(8, h, 4) for h in (3, 2, 2)), mesh=Mesh(), layout=layout)
+        HeadSplit(3, 2, 1)
     with pytest.raises(ValueError, match=r"make the layout with the mesh's degrees"):
         parallel_attention(q, k, v, mesh=Mesh(), layout=zigzag(7, ring=2))
     with pytest.raises(ValueError, match=r"route must be 'direct' or 'relay', got 'rotate'"):
         parallel_attention(q, k, v, mesh=Mesh(), layout=zigzag(7), route="rotate")  # type: ignore[arg-type]
+
+
+ROW = torch.zeros(1, 8, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "options", "message"),
+    [
+        (
+            ROW.expand(2, -1, -1, -1),
+            ROW,
+            {},
+            r"match q in batch and head_dim, got q \[2, 8, 2, 4\] and k \[1, 8, 2, 4\]",
+        ),
+        (
+            ROW,
+            ROW.expand(2, -1, -1, -1),
+            {},
+            r"match q in batch and head_dim, got q \[1, 8, 2, 4\] and k \[2, 8, 2, 4\]",
+        ),
+        (ROW, ROW[0], {}, r"match q in batch and head_dim, got q \[1, 8, 2, 4\] and k \[8, 2, 4\]"),
+        (ROW, ROW[:, :, :1].expand(-1, -1, 3, -1), {}, "q's heads must be a multiple of k's, got 2 and 3"),
+        (ROW.int(), ROW.int(), {}, "one floating dtype, got torch.int32"),
+        (ROW.bfloat16(), ROW, {}, "one floating dtype, got torch.bfloat16, torch.float32"),
+        (ROW[:, :7], ROW[:, :7], {}, "holds 8 tokens by the layout, got q with 7"),
+        (ROW, ROW, {"scale": 0.0}, "scale must be finite and above 0, got 0.0"),
+        (ROW, ROW, {"backend": "x"}, "unknown backend 'x'"),
+        (ROW.to("meta"), ROW.to("meta"), {}, "on the mesh's device, cpu, got meta"),
+    ],
+)
+def test_what_does_not_fit_is_refused(q: Tensor, k: Tensor, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parallel_attention(q, k, k, mesh=Mesh(device="cpu"), layout=zigzag(8), **options)
+
+
+def wrong_then_right(rank: int) -> list[float]:
+    """Errors of right calls, each of which comes after one that all ranks were refused."""
+    mesh, layout, errors = Mesh(ring=2), zigzag(300, ring=2), []
+    whole = inputs(300, 4, 2)
+    expected = gradients(lambda q, k, v: attention(q, k, v, causal=True), *whole)
+    q, k, v, dout = (layout.shard(x, mesh.sp_rank) for x in whole)
+    refused = [
+        ((q, k, v), {"backend": "x"}, "unknown backend 'x'"),
+        ((q.double(), k.double(), v.double()), {"backend": "triton"}, "got torch.float64: cast"),
+        ((q, k, v), {"scale": float("nan")}, "scale must be finite"),
+        ((q.int(), k.int(), v.int()), {}, "one floating dtype"),
+    ]
+    for tensors, options, message in refused:
+        with pytest.raises(ValueError, match=message):
+            parallel_attention(*tensors, mesh=mesh, layout=layout, causal=True, **options)
+        found = gradients(lambda *x: parallel_attention(*x, mesh=mesh, layout=layout, causal=True), q, k, v, dout)
+        errors += [float((f - layout.shard(e, rank)).abs().max()) for f, e in zip(found, expected, strict=True)]
+    return errors
+
+
+def test_ranks_are_in_step_after_a_call_that_was_refused() -> None:
+    for errors in run_ranks(wrong_then_right, 2, timeout=30):
+        assert max(errors) < 1e-4 and len(errors) == 4 * 4
+
+
+def gradients_of_gradients(rank: int) -> dict[str, str]:
+    """What autograd says to a penalty on a gradient, by what it would have to go through twice."""
+    mesh, layout = Mesh(ulysses=2), zigzag(8, ulysses=2)
+    plan = plan_attention(mesh, *holdings(layout), num_tokens=8)
+    ring_plan = plan_attention(Mesh(ring=2), *holdings(zigzag(8, ring=2)), num_tokens=8)
+    heads, features = HeadSplit(2, 2, 2), route_frames(torch.tensor([0, 4]), 4, layout, mesh)
+    calls: dict[str, Callable[[Tensor], Tensor]] = {
+        "ring_attention": lambda x: ring_attention(x, x, x, ring_plan, scale=1.0),
+        "to_heads": lambda x: to_heads(x, x, x, heads=heads, plan=plan)[0],
+        "to_tokens": lambda x: to_tokens(x.repeat(2, 1, 1)[:, :1], heads=heads, plan=plan),
+        "to_owners": lambda x: to_owners(x.flatten(1)[None], features),
+        "sum_over_ranks": lambda x: sum_over_ranks(x.sum(), mesh),
+    }
+    said = {}
+    for name, call in calls.items():
+        x = torch.ones(4, 2, 4, requires_grad=True)
+        out = call(x).square().sum()
+        try:
+            [grad] = torch.autograd.grad(out, x, create_graph=True)
+            (out + grad.square().sum()).backward()
+            said[name] = "nothing"
+        except RuntimeError as error:
+            said[name] = str(error)
+    return said
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    for said in run_ranks(gradients_of_gradients, 2, timeout=30):
+        assert len(said) == 5
+        assert not {name: words for name, words in said.items() if "once_differentiable" not in words}

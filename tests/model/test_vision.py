@@ -169,3 +169,13 @@ def test_what_is_frozen_gets_no_gradient(frozen):
 def test_frames_of_another_size_are_refused():
     with pytest.raises(ValueError, match=r"\[N, 3, 23, 23\], got \[2, 3, 24, 23\]"):
         tower()(torch.zeros(2, 3, 24, 23))
+
+
+def test_passes_refuse_gradients_of_gradients() -> None:
+    model = tower().train()
+    model.recompute = True
+    weight = model.vision_model.embeddings.position_embedding.weight
+    total = model(torch.randn(2, 3, 23, 23)).square().sum()
+    [grad] = torch.autograd.grad(total, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (total + grad.square().sum()).backward()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from longtake.comm.mesh import Mesh
 from longtake.model import vision
 from longtake.model.batch import ShardedBatch, shard_documents
@@ -20,7 +21,7 @@ from longtake.train.trainer import compute_gradients, shard_parameters
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tests.model.documents import TOKENS_PER_FRAME, Document, make_document
+from tests.model.documents import IMAGE_TOKEN, TOKENS_PER_FRAME, Document, make_document
 from tests.ranks import run_ranks
 from tests.tiny import random_model, tiny_config
 from tests.training_files import run_config
@@ -90,6 +91,38 @@ def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[s
         error = (found[name] - gradient).abs().max()
         errors[name] = float(error / scale) if scale else float(error)
     return errors
+
+
+def plain_loss(model: VisionLanguageModel, documents: Sequence[Document]) -> Tensor:
+    """Their mean weighted loss, one document after another: no plan, no route and no gradient of ours."""
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(0, 1)
+
+    total, weight = torch.zeros(()), torch.zeros(())
+    for document in documents:
+        ids, features = document.input_ids, model.mm_projector(model.vision_tower(document.pixels)).flatten(0, 1)
+        embedded = model.llm.embed(ids).masked_scatter((ids == IMAGE_TOKEN)[:, None], features)
+        hidden = model.llm(embedded, torch.arange(len(ids)), attend)
+        losses = F.cross_entropy(model.llm.logits(hidden[:-1]), ids[1:], reduction="none")
+        total, weight = total + losses @ document.loss_weight[1:], weight + document.loss_weight[1:].sum()
+    return total / weight
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_one_rank_is_the_plain_model(tied: bool) -> None:
+    """What the ranks are compared with below."""
+    config, alone = tiny_config(num_heads=6, num_kv_heads=3), Mesh(alone=True)
+    model = random_model(replace(config, language=replace(config.language, tie_word_embeddings=tied)), seed=3).train()
+    documents = [make_document(frames, seed=i) for i, frames in enumerate(SAMPLES["9 frames"])]
+    found = loss_and_gradients(model, step_data(documents, alone), alone)
+    model.zero_grad()
+    loss = plain_loss(model, documents)
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    expected = {name: grad for name, grad in gradients.items() if grad is not None} | {"loss": loss.detach()}
+    assert max(differences(found, expected).values()) < TOLERANCE
 
 
 def compare(rank: int) -> dict[str, dict[str, float]]:
