@@ -14,9 +14,8 @@ from ..model.checkpoint import Progress, latest, load_model, save
 from ..model.config import PROJECTOR_SIDES, ModelConfig
 from ..model.official import load_official, save_official
 from ..model.official_config import is_official
+from ..model.precision import DTYPES
 from ..model.vlm import VisionLanguageModel
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def main(argv: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from ..model.chat import Kind, encode_prompt
 from ..model.checkpoint import latest, load_model, open_checkpoint
 from ..model.media import probe, read_frames, sample_frames
 from ..model.official_config import is_official
+from ..model.precision import DTYPES, usual_dtype
 from ..model.vlm import VisionLanguageModel, no_pixels
 from .engine import Engine
 
@@ -24,6 +25,7 @@ class Request:
     """What the command line asks for."""
 
     checkpoint: Path
+    dtype: str | None
     video: Path | None
     prompt: str
     frames: int
@@ -36,7 +38,7 @@ class Request:
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="longtake generate", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a checkpoint")
+    add_model(parser)
     parser.add_argument("--video", type=Path, help="video file to ask about; without it the prompt is text only")
     parser.add_argument("--prompt", required=True, help="the question")
     parser.add_argument("--frames", type=int, default=64, help="most frames taken, spread over the video (64)")
@@ -47,6 +49,14 @@ def main(argv: Sequence[str]) -> None:
     request = Request(**vars(parser.parse_args(argv)))
     check_files(request.checkpoint, request.video)
     launch(run, request, world_size=request.ring * request.ulysses)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which model answers, and in which dtype."""
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a checkpoint")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of parameters, cache and computation (bfloat16; on a CPU float32)"
+    )
 
 
 def add_grid(parser: argparse.ArgumentParser) -> None:
@@ -63,11 +73,14 @@ def check_files(checkpoint: Path, video: Path | None) -> None:
         probe(video)
 
 
-def load_engine(checkpoint: Path, mesh: Mesh) -> tuple[Engine, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a checkpoint folder, read straight onto this rank's device."""
+def load_engine(checkpoint: Path, mesh: Mesh, *, dtype: str | None = None) -> tuple[Engine, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a checkpoint folder, read straight onto this rank's device.
+
+    dtype: a key of DTYPES, however the parameters are stored; None: the device's usual one.
+    """
     config, tokenizer = open_checkpoint(checkpoint)
     with torch.device("meta"):
-        model = VisionLanguageModel(config)
+        model = VisionLanguageModel(config).to(DTYPES[dtype or usual_dtype(mesh.device.type)])
     load_model(checkpoint, model.to_empty(device=mesh.device))
     return Engine(model, mesh), tokenizer
 
@@ -75,7 +88,7 @@ def load_engine(checkpoint: Path, mesh: Mesh) -> tuple[Engine, PreTrainedTokeniz
 def run(request: Request) -> None:
     """One rank's part; the first prints."""
     mesh = Mesh(ring=request.ring, ulysses=request.ulysses)
-    engine, tokenizer = load_engine(request.checkpoint, mesh)
+    engine, tokenizer = load_engine(request.checkpoint, mesh, dtype=request.dtype)
     for text in stream(engine, tokenizer, request):
         if mesh.rank == 0:
             print(text, end="", flush=True)

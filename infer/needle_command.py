@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from ..comm.launch import launch
 from ..comm.mesh import Mesh
-from .generate import add_grid, check_files, load_engine
+from .generate import add_grid, add_model, check_files, load_engine
 from .haystack import Photographs, VideoFile
 from .heatmap import plot_grid
 from .needle import NeedleGrid, evaluate, write_trials
@@ -20,6 +20,7 @@ class Request:
     """What the command line asks for."""
 
     checkpoint: Path
+    dtype: str | None
     frames: list[int]
     depths: list[float]
     needles: int
@@ -34,7 +35,7 @@ class Request:
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="longtake needle", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a checkpoint")
+    add_model(parser)
     parser.add_argument("--frames", type=_list_of(int), default=[8, 64], help="video lengths (8,64)")
     parser.add_argument("--depths", type=_list_of(float), default=[0.0, 0.5, 1.0], help="places from 0 to 1 (0,0.5,1)")
     parser.add_argument("--needles", type=int, default=8, help="videos a cell; each has two questions (8)")
@@ -62,7 +63,7 @@ def _list_of(kind: type[int] | type[float]) -> Callable[[str], list[int] | list[
 def run(request: Request) -> None:
     """One rank's part; the first prints and writes."""
     mesh = Mesh(ring=request.ring, ulysses=request.ulysses)
-    engine, tokenizer = load_engine(request.checkpoint, mesh)
+    engine, tokenizer = load_engine(request.checkpoint, mesh, dtype=request.dtype)
     size = engine.model.config.vision.image_size
     source = VideoFile(request.video, size=size) if request.video else Photographs(size=size)
 

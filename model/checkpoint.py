@@ -35,11 +35,21 @@ from .vlm import VisionLanguageModel
 
 @dataclass(frozen=True)
 class Progress:
-    """step: optimizer steps done; consumed: samples taken from the data; skipped: bad ones among them."""
+    """step: optimizer steps done; consumed: samples taken from the data; skipped: bad ones among them.
+
+    What makes the samples' order (train/mixture.py): seed; sizes, samples in each source of the data; counts, those
+    that an epoch takes of each.
+    """
 
     step: int = 0
     consumed: int = 0
     skipped: int = 0
+    seed: int = 0
+    sizes: tuple[int, ...] = ()
+    counts: tuple[int, ...] = ()
+
+
+ORDER = {"seed": "seed", "sizes": "numbers of samples in data", "counts": "numbers of samples in an epoch"}
 
 
 def complete_steps(folder: Path) -> list[Path]:
@@ -80,7 +90,7 @@ def save(
     mesh.barrier()
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
     if optimizer is not None:
-        state["optimizer"] = get_optimizer_state_dict(model, optimizer)
+        state["optimizer"] = {"state": get_optimizer_state_dict(model, optimizer)["state"]}
         state["progress"] = {k: torch.tensor(v) for k, v in vars(progress).items()}
         state["rng"] = {str(mesh.rank): torch.get_rng_state()}
     _dcp_call(dcp_save, state, part, mesh)
@@ -114,28 +124,45 @@ def load_model(
     set_model_state_dict(model, parameters | state["model"])
 
 
-def resume(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh) -> Progress:
-    """Continue from the newest checkpoint in `folder`: parameters, optimizer, data position, random state.
+def read_progress(folder: Path, begin: Progress, mesh: Mesh) -> Progress:
+    """Where the newest checkpoint in `folder` stands. begin: where the run that continues from it would begin.
 
-    Raises ValueError where it was saved for loading only.
+    Raises ValueError for one that was saved for loading only, or whose samples come in another order.
     """
     path = latest(folder)
-    keys = FileSystemReader(path).read_metadata().state_dict_metadata
+    keys: dict[str, Any] = FileSystemReader(path).read_metadata().state_dict_metadata
     if "progress.step" not in keys:
         raise ValueError(f"{path} has no optimizer state (it is a finished stage): start a new run from it")
-    state: dict[str, Any] = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
-        "progress": {k: torch.tensor(v) for k, v in vars(Progress()).items()},
-    }
-    if f"rng.{mesh.rank}" in keys:  # another world size has other ranks
+    if "progress.seed" not in keys:
+        raise ValueError(f"{path} does not say in what order its samples come, it is too old: start a new run from it")
+    tensors = {k: torch.empty(keys[f"progress.{k}"].size, dtype=torch.int64) for k in vars(begin)}
+    _dcp_call(load, {"progress": tensors}, path, mesh)
+    values: dict[str, Any] = {k: tuple(v.tolist()) if v.dim() else int(v) for k, v in tensors.items()}
+    found = Progress(**values)
+    for name, meaning in ORDER.items():
+        if (was := getattr(found, name)) != (now := getattr(begin, name)):
+            raise ValueError(
+                f"{path} was written with {meaning} {was}, this run has {now}: its samples would come in another "
+                "order; set it back, or start a new run in another folder"
+            )
+    return found
+
+
+def resume(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh) -> None:
+    """Put the newest checkpoint in `folder` back: parameters, the optimizer's moments, the random state.
+
+    Learning rates, weight decay and betas stay those of `optimizer`.
+    """
+    path = latest(folder)
+    whole = get_optimizer_state_dict(model, optimizer)
+    state: dict[str, Any] = {"model": get_model_state_dict(model), "optimizer": {"state": whole["state"]}}
+    if f"rng.{mesh.rank}" in FileSystemReader(path).read_metadata().state_dict_metadata:  # else other ranks wrote it
         state["rng"] = {str(mesh.rank): torch.get_rng_state()}
     _dcp_call(load, state, path, mesh)
     set_model_state_dict(model, state["model"])
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    set_optimizer_state_dict(model, optimizer, whole | state["optimizer"])
     if "rng" in state:
         torch.set_rng_state(state["rng"][str(mesh.rank)])
-    return Progress(**{k: int(v) for k, v in state["progress"].items()})
 
 
 def _dcp_call(call: Any, state: dict[str, Any], path: Path, mesh: Mesh | None) -> None:

@@ -1,5 +1,7 @@
 """The loss of a batch whose tokens are spread over ranks, and its gradients."""
 
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..comm.mesh import Mesh
+from .once import OnceDifferentiable
 
 IGNORED = -100
+BUCKET_BYTES = 2**28  # of gradients in one all-reduce; besides them there is a copy of as many
 
 
 class LabelledTokens:
@@ -44,7 +48,7 @@ def sum_over_ranks(part: Tensor, mesh: Mesh, *, gradient: float = 1.0) -> Tensor
     return _SumOverRanks.apply(part, mesh, gradient)
 
 
-class _SumOverRanks(torch.autograd.Function):
+class _SumOverRanks(OnceDifferentiable):
     @staticmethod
     def forward(ctx: Any, part: Tensor, mesh: Mesh, gradient: float) -> Tensor:
         ctx.gradient = gradient
@@ -70,7 +74,23 @@ def sum_gradients(model: nn.Module, mesh: Mesh) -> None:
     has_gradient = torch.tensor([parameter.grad is not None for parameter in parameters]).int().to(mesh.device)
     dist.all_reduce(has_gradient, dist.ReduceOp.MAX)
     for parameter, somewhere in zip(parameters, has_gradient.tolist(), strict=True):
-        if somewhere:
-            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            dist.all_reduce(grad)
-            parameter.grad = grad.div_(mesh.data)
+        if somewhere and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for bucket in _buckets([parameter.grad for parameter in parameters if parameter.grad is not None]):
+        rows = [grad.flatten() for grad in bucket]
+        flat = torch.cat(rows) if len(rows) > 1 else rows[0]
+        dist.all_reduce(flat)
+        flat.div_(mesh.data)
+        for grad, summed in zip(bucket, flat.split([len(row) for row in rows]), strict=True):
+            grad.copy_(summed.view_as(grad))
+
+
+def _buckets(grads: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Gradients that are reduced together: of one dtype, in their order, up to BUCKET_BYTES; a larger one alone."""
+    of_dtype: defaultdict[torch.dtype, list[list[Tensor]]] = defaultdict(list)
+    for grad in grads:
+        buckets = of_dtype[grad.dtype]
+        if not buckets or sum(other.nbytes for other in buckets[-1]) + grad.nbytes > BUCKET_BYTES:
+            buckets.append([])
+        buckets[-1].append(grad)
+    return [bucket for buckets in of_dtype.values() for bucket in buckets]

@@ -25,8 +25,10 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def units(self) -> list[nn.Module]:
-        """What sharding gathers at a time: a decoder layer, or the tower, whose passes each rank numbers by itself."""
-        return [*self.llm.model.layers, self.vision_tower]
+        """What sharding gathers at a time, in forward's order: the tower, whose passes each rank numbers by itself, and
+        a decoder layer.
+        """
+        return [self.vision_tower, *self.llm.model.layers]
 
     def embed(self, input_ids: Tensor, pixels: Tensor, frames: FrameRoute) -> Tensor:
         """Embeddings [S_local, C] of this rank's tokens, from its tokens' ids and the frames that it encodes.

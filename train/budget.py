@@ -14,6 +14,7 @@ from ..comm.layout import Layout, balanced, contiguous, zigzag
 from ..model.config import ModelConfig
 from ..model.features import share
 from ..model.low_rank import add_low_rank
+from ..model.precision import DTYPES, usual_dtype
 from ..model.ulysses import HeadSplit
 from ..model.vision import FRAMES_PER_PASS
 from ..model.vlm import VisionLanguageModel
@@ -109,7 +110,8 @@ def gathered_bytes(model: VisionLanguageModel, config: TrainConfig) -> dict[str,
     """What FSDP2 holds whole for a while: parameters in the computation's dtype, gradients until they are reduced.
 
     Units are the decoder's layers and the tower. Parameters. shard "layer": those outside the units (embeddings, head,
-    projector) from forward to the end of backward, a unit, and the next one on its way. shard "model": all.
+    projector) from forward to the end of backward, a unit, in forward as it arrived besides, and the next one on its
+    way. shard "model": all.
     Gradients. Those outside the units, and of a unit, or in turn of what is outside, the float32 copy that is
     reduced. (For the tower in passes it is the sum of their gradients before.)
     """
@@ -122,14 +124,14 @@ def gathered_bytes(model: VisionLanguageModel, config: TrainConfig) -> dict[str,
     trained_outside = count(model.parameters(), trained=True) - sum(trained_sizes)
     reduced = max((size + FLOAT32) * max(trained_sizes, default=0), FLOAT32 * trained_outside)
     return {
-        "gathered parameters": size * (outside + sum(sizes[-2:])),
+        "gathered parameters": size * (outside + sum(sizes[-2:] + sizes[-1:])),
         "whole gradients": size * trained_outside + reduced,
     }
 
 
 def element_size(config: TrainConfig) -> int:
-    """Bytes of a number in the computation."""
-    return getattr(torch, config.dtype).itemsize
+    """Bytes of a number in a GPU's computation."""
+    return DTYPES[config.dtype or usual_dtype("cuda")].itemsize
 
 
 class Activations:

@@ -35,6 +35,10 @@ class Flags:
     image_size: int
 
 
+RESUME = (
+    "Continue from the newest checkpoint in `out`, on any number of ranks. Learning rates, weight_decay, betas and all "
+    "other settings are those given now; another seed, or data of another size, is refused."
+)
 PLACEHOLDERS = {"model": Path("IN"), "data": Path("DATA"), "out": Path("OUT")}  # in a dry run that names none
 
 
@@ -56,7 +60,7 @@ def parse(argv: Sequence[str]) -> tuple[TrainConfig, Flags]:
     """The run that the arguments ask for, and what to do with it. A flag overrides the file's field."""
     parser = ArgumentParser(prog="longtake train", parser_mode="toml", description=__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="TOML file with any of the fields below.")
-    parser.add_argument("--resume", action="store_true", help="Continue from the newest checkpoint in `out`.")
+    parser.add_argument("--resume", action="store_true", help=RESUME)
     parser.add_argument("--dry_run", action="store_true", help="Check the run and print what a rank holds of it.")
     parser.add_argument("--gpus", type=int, help="Ranks of the dry run; the grid's, or torchrun's.")
     parser.add_argument("--shape", choices=get_args(ShapeName), help="Model of the dry run, in place of --model's.")

@@ -58,7 +58,8 @@ class TrainConfig:
         route: How keys travel round the ring: straight from their owner, or from neighbour to neighbour.
         shard: Parameters gathered at once by FSDP2: the whole model, or layer by layer.
         recompute: Keep only each decoder layer's input and the tower's pixels; run them again in the backward pass.
-        dtype: Of the computation; parameters, gradients and the optimizer stay float32.
+        dtype: Of the computation; None takes bfloat16 on GPUs, float32 on a CPU. Parameters, gradients and the
+            optimizer stay float32.
         on_bad_sample: Stop, or skip and count.
         workers: Processes of a rank that decode frames; 0: the thread that reads ahead does.
         prefetch: Steps read ahead. Each takes num_frames x 3 x size x size bytes of the host for a rank's frames:
@@ -97,7 +98,7 @@ class TrainConfig:
     route: Literal["direct", "relay"] = "direct"
     shard: Literal["model", "layer"] = "layer"
     recompute: bool = False
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] | None = None
     on_bad_sample: Literal["stop", "skip"] = "stop"
     workers: int = 0
     prefetch: int = 2
@@ -114,6 +115,8 @@ class TrainConfig:
         for name in POSITIVE:
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name} must be more than 0, got {value}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be less than 2**63, got {self.seed}")
         self._check_said_once()
         if self.rank_of_update and "llm" not in self.plan.trains:
             raise ValueError(f"low_rank {self.low_rank} has nothing to train: stage {self.stage} leaves the llm alone")
@@ -149,9 +152,7 @@ class TrainConfig:
         the groups cannot split the global batch.
         """
         accumulation = self._split(data)
-        steps = self.steps
-        if num_samples is not None and self.epochs:
-            steps = math.ceil(self.epochs * num_samples / (self.batch_size * data * accumulation))
+        steps = self.steps if num_samples is None else self.steps_left(data=data, num_samples=num_samples)
         known = replace(
             self,
             accumulation=accumulation,
@@ -164,6 +165,16 @@ class TrainConfig:
             return known
         warmup = self.warmup or math.ceil(self.warmup_ratio * steps)
         return replace(known, steps=steps, epochs=0, warmup=warmup, warmup_ratio=0.0)
+
+    def samples_per_step(self, data: int) -> int:
+        """Of all `data` groups together."""
+        return self.batch_size * data * self._split(data)
+
+    def steps_left(self, *, data: int, num_samples: int, step: int = 0, consumed: int = 0) -> int:
+        """Steps on `data` groups from where a run stands, after `step` steps and `consumed` samples, to its end."""
+        if self.epochs:
+            return math.ceil((self.epochs * num_samples - consumed) / self.samples_per_step(data))
+        return self.steps - step
 
     def _split(self, data: int) -> int:
         """Sequences a step and group."""

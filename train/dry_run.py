@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 
 from ..model.config import ModelConfig
+from ..model.precision import usual_dtype
 from ..model.traffic import AttentionShape, causal_traffic
 from .budget import GPU_BYTES, Activations, count, element_size, estimate, shaped_model, share_out
 from .config import TrainConfig
@@ -17,6 +18,7 @@ def report(config: TrainConfig, model: ModelConfig, *, name: str, world_size: in
 
     Raises ValueError for what cannot run on `world_size` ranks.
     """
+    config = replace(config, dtype=config.dtype or usual_dtype("cuda"))
     data = share_out(config, model, world_size).data
     resolved = config.resolve(data=data, num_samples=num_samples)
     return "\n".join(

@@ -58,12 +58,21 @@ class StepLoader:
     """Deals the data out in order; a step is a pure function of how many samples were consumed before it."""
 
     def __init__(
-        self, dataset: Mixture[Sample], config: TrainConfig, mesh: Mesh, *, tokens_per_frame: int, image_size: int
+        self,
+        dataset: Mixture[Sample],
+        config: TrainConfig,
+        mesh: Mesh,
+        *,
+        tokens_per_frame: int,
+        image_size: int,
+        end: int | None = None,
     ) -> None:
+        """end: samples consumed when the run is over; config.steps of them if not given."""
         self.dataset, self.config, self.mesh = dataset, config, mesh
         self.tokens_per_frame = tokens_per_frame
         self.reader = FrameReader(image_size, workers=config.workers)
-        self.samples_per_step = config.batch_size * mesh.data * config.accumulation
+        self.samples_per_step = config.samples_per_step(mesh.data)
+        self.end = config.steps * self.samples_per_step if end is None else end
         self.row_thread = ThreadPoolExecutor(1, thread_name_prefix="read-rows")
         self.frame_thread = ThreadPoolExecutor(1, thread_name_prefix="read-frames")
         self.ahead: deque[tuple[int, Future[_Draft]]] = deque()  # consecutive steps, each with what it begins after
@@ -109,7 +118,7 @@ class StepLoader:
         """Have `prefetch` steps behind this one on their way, as far as the run goes."""
         for step in range(len(self.ahead) + 1, self.config.prefetch + 1):
             following = consumed + step * self.samples_per_step
-            if following < self.config.steps * self.samples_per_step:
+            if following < self.end:
                 self.ahead.append((following, self._begin(following)))
 
     def _begin(self, consumed: int, leave_out: Set[int] = frozenset()) -> Future[_Draft]:

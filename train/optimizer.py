@@ -30,7 +30,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> None:
-    """The rate of step `step` (from 0): a pure function of it, so that a resumed run has the same."""
+    """The rate of step `step` (from 0): a pure function of it, so that a resumed run has the same.
+
+    A run of epochs resumed on other ranks is at the step where it would be, had it always run on them.
+    """
     factor = learning_rate_factor(
         step,
         steps=config.steps,

@@ -7,20 +7,23 @@ from collections import deque
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..comm.mesh import Mesh
 from ..kernels.device import to_device
-from ..model.checkpoint import Progress, complete_steps, load_model, open_checkpoint, resume, save
+from ..model.checkpoint import Progress, complete_steps, load_model, open_checkpoint, read_progress, resume, save
 from ..model.config import ModelConfig
 from ..model.low_rank import init_low_rank, low_rank_names, merge_low_rank
+from ..model.precision import DTYPES, usual_dtype
 from ..model.vlm import VisionLanguageModel
 from .budget import shaped_model
 from .config import TrainConfig
@@ -73,15 +76,20 @@ def training_mesh(config: TrainConfig) -> Mesh:
 
 
 def shard_parameters(model: VisionLanguageModel, mesh: Mesh, config: TrainConfig) -> None:
-    """FSDP2 over all ranks. Gradients are summed: the loss is divided by the global token count already."""
-    dtype = getattr(torch, config.dtype)
+    """FSDP2 over all ranks. Gradients are summed: the loss is divided by the global token count already.
+
+    Forward asks for a unit's parameters before the transfers of the one before it: NCCL keeps this order on the GPU,
+    and they come while that one computes.
+    """
+    dtype = DTYPES[config.dtype or usual_dtype(mesh.device.type)]
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for module in [*(model.units if config.shard == "layer" else []), model]:
-        fully_shard(module, mesh=mesh.device_mesh, mp_policy=policy)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+    shard = partial(fully_shard, mesh=mesh.device_mesh, mp_policy=policy)
+    units = [shard(unit) for unit in (model.units if config.shard == "layer" else [])]
+    for module in [*units, shard(model)]:
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+    for unit, following in pairwise(units):
+        unit.set_modules_to_forward_prefetch([following])
 
 
 def compute_gradients(model: nn.Module, data: StepData, mesh: Mesh) -> Tensor:
@@ -132,7 +140,7 @@ class StepInFlight:
 
 
 class Trainer:
-    """A run's state: model, optimizer, data position."""
+    """A run's state: model, optimizer, data position, and how many steps are left."""
 
     def __init__(self, config: TrainConfig, mesh: Mesh, *, continue_run: bool = False) -> None:
         self.config, self.mesh = config, mesh
@@ -140,18 +148,23 @@ class Trainer:
         model_config, self.tokenizer = open_checkpoint(config.model)
         self.model_config = _with_context(model_config, config)
         dataset = open_data(config, self.tokenizer, self.model_config)
-        self.config = config = config.resolve(data=mesh.data, num_samples=len(dataset))
+        continues = continue_run and bool(complete_steps(config.out))
+        begin = Progress(seed=config.seed, sizes=dataset.sizes, counts=dataset.counts)
+        self.progress = read_progress(config.out, begin, mesh) if continues else begin
+        data, num_samples, step, consumed = mesh.data, len(dataset), self.progress.step, self.progress.consumed
+        self.left = config.steps_left(data=data, num_samples=num_samples, step=step, consumed=consumed)
+        self.config = config = config.resolve(data=data, num_samples=num_samples)
         self.model = self._build_model()
         self.optimizer = build_optimizer(self.model, config)
-        self.progress = Progress()
-        if continue_run and complete_steps(config.out):
-            self.progress = resume(config.out, model=self.model, optimizer=self.optimizer, mesh=mesh)
+        if continues:
+            resume(config.out, model=self.model, optimizer=self.optimizer, mesh=mesh)
         self.loader = StepLoader(
             dataset,
             config,
             mesh,
             tokens_per_frame=self.model_config.tokens_per_frame,
             image_size=self.model_config.vision.image_size,
+            end=consumed + self.left * config.samples_per_step(data),
         )
 
     def _build_model(self) -> VisionLanguageModel:
@@ -167,15 +180,16 @@ class Trainer:
 
     def run(self) -> list[StepLog]:
         """Train to the last step, save, and return the logs of the steps done here."""
-        logs, begin, steps, first = [], self.progress.step, self.config.steps, self.mesh.rank == 0
-        bar = tqdm(total=steps, initial=begin, desc=f"stage {self.config.stage}", disable=not first, unit="step")
+        logs, begin, first = [], self.progress.step, self.mesh.rank == 0
+        stage = f"stage {self.config.stage}"
+        bar = tqdm(total=begin + self.left, initial=begin, desc=stage, disable=not first, unit="step")
         board = SummaryWriter(str(self.config.out), purge_step=begin + 1) if first else nullcontext()
         in_flight: deque[StepInFlight] = deque()
         with closing(self.loader), bar, logging_redirect_tqdm(), board as writer:
             began = time.perf_counter()
-            while self.progress.step < steps:
+            while self.left > 0:
                 in_flight.append(self.step())
-                last = self.progress.step == steps
+                last = not self.left
                 due = last or (self.config.save_every and self.progress.step % self.config.save_every == 0)
                 while len(in_flight) > (0 if due else self.ahead):
                     logs.append(in_flight.popleft().log(began))
@@ -195,9 +209,11 @@ class Trainer:
         self.optimizer.zero_grad()
         loss = compute_gradients(self.model, data, self.mesh)
         norm = clip_gradients(self.model, self.config.clip)
-        set_learning_rate(self.optimizer, self.progress.step, self.config)
+        set_learning_rate(self.optimizer, self.config.steps - self.left, self.config)
         self.optimizer.step()
-        self.progress = Progress(
+        self.left -= 1
+        self.progress = replace(
+            self.progress,
             step=self.progress.step + 1,
             consumed=self.progress.consumed + self.loader.samples_per_step,
             skipped=self.progress.skipped + data.num_skipped,

@@ -7,14 +7,18 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 from longtake.bench.cli import main
 from longtake.comm.mesh import Mesh
-from longtake.infer.engine import Engine
+from longtake.infer.engine import Engine, KeyValueCache
 from longtake.infer.generate import Request, decode_pieces, load_engine, stream
 from longtake.model.media import read_frames, sample_frames
+from longtake.model.official import load_official
+from longtake.model.precision import DTYPES, usual_dtype
 from transformers import PreTrainedTokenizerBase
 
 from tests.media_files import moving_square, truncate, write_audio, write_video
+from tests.model.official_files import write_official
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,7 +34,8 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def request(start: Path, video: Path | None) -> Request:
-    return Request(start, video, "what is red ?", frames=5, max_new_tokens=24, temperature=0, seed=0, ring=1, ulysses=1)
+    how: dict[str, int] = {"frames": 5, "max_new_tokens": 24, "temperature": 0, "seed": 0, "ring": 1, "ulysses": 1}
+    return Request(start, None, video, "what is red ?", **how)
 
 
 @pytest.mark.parametrize("text", ["what is red ?", "été: 中文 🎬 blue", " two  spaces\n.", "🎬", ""])
@@ -75,6 +80,47 @@ def test_frames_are_taken_from_the_whole_video(
     with patch("longtake.infer.generate.read_frames", wraps=read_frames) as read:
         list(stream(*loaded, request(start, video)))
     read.assert_called_once_with(video, sample_frames(12, 5), size=16)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("stored", list(DTYPES))
+def test_parameters_and_cache_have_the_dtype_that_is_asked_for(tmp_path: Path, stored: str, dtype: str) -> None:
+    write_official(tmp_path / "in", dtype=DTYPES[stored])
+    main(["convert", str(tmp_path / "in"), str(tmp_path / "ours")])
+    expected, tokenizer = load_official(tmp_path / "in", dtype=None)
+    for checkpoint in (tmp_path / "in", tmp_path / "ours"):
+        engine, _ = load_engine(checkpoint, Mesh(alone=True), dtype=dtype)
+        parameters = dict(engine.model.named_parameters())
+        assert all(torch.equal(parameters[name], p.to(DTYPES[dtype])) for name, p in expected.named_parameters())
+        assert {p.dtype for p in parameters.values()} == {DTYPES[dtype]}
+        with patch("longtake.infer.engine.KeyValueCache", wraps=KeyValueCache) as made:
+            assert "".join(stream(engine, tokenizer, request(checkpoint, None)))
+        made.assert_called_once()
+        assert KeyValueCache(*made.call_args[0]).keys.dtype == DTYPES[dtype]
+
+
+def test_without_a_dtype_the_device_says_it(start: Path) -> None:
+    assert (usual_dtype("cuda"), usual_dtype("cpu")) == ("bfloat16", "float32")
+    for dtype in ("bfloat16", "float32"):
+        with patch("longtake.infer.generate.usual_dtype", side_effect={"cpu": dtype}.__getitem__):
+            engine, _ = load_engine(start, Mesh(alone=True))
+        assert {p.dtype for p in engine.model.parameters()} == {DTYPES[dtype]}
+
+
+@pytest.mark.parametrize("command", ["generate", "needle"])
+def test_the_commands_take_a_dtype(start: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    module = {"generate": "generate", "needle": "needle_command"}[command]
+    prompt = ["--prompt", "what ?"] if command == "generate" else []
+    with (
+        patch(f"longtake.infer.{module}.load_engine", side_effect=ValueError("far enough")) as load,
+        pytest.raises(SystemExit),
+    ):
+        main([command, "--checkpoint", str(start), *prompt, "--dtype", "float16"])
+    assert load.call_args.kwargs == {"dtype": "float16"}
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--checkpoint", str(start), *prompt, "--dtype", "int8"])
+    assert ended.value.code == 2
+    assert "--dtype: invalid choice: 'int8' (choose from" in capsys.readouterr().err
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

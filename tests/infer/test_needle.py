@@ -144,7 +144,7 @@ def test_the_control_differs_in_the_needles_frame_alone(
 ) -> None:
     engine: Any = scripted(start, tokenizer, trials, lambda i, answer: [tokenizer.eos_token_id])  # type: ignore[list-item]
     engine.script = engine.script * 2
-    request = Request(start, FRAMES, DEPTHS, 2, 0, None, True, None, None, 1, 1)
+    request = Request(start, None, FRAMES, DEPTHS, 2, 0, None, True, None, None, 1, 1)
     with patch("longtake.infer.needle_command.load_engine", return_value=(engine, tokenizer)):
         run(request)
     asked = len(engine.shown) // 2

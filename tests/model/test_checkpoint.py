@@ -1,13 +1,15 @@
 """A checkpoint written on 4 ranks is the same model, optimizer and place in the data on 2 ranks and on 1."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from longtake.comm.mesh import Mesh
-from longtake.model.checkpoint import Progress, complete_steps, latest, load_model, resume, save
+from longtake.model.checkpoint import Progress, complete_steps, latest, load_model, read_progress, resume, save
 from longtake.model.low_rank import add_low_rank, low_rank_names
 from longtake.model.vlm import VisionLanguageModel
 from longtake.train.trainer import shard_parameters
@@ -18,7 +20,8 @@ from tests.ranks import run_ranks
 from tests.tiny import random_model, tiny_config
 from tests.training_files import run_config
 
-PROGRESS = Progress(step=7, consumed=30, skipped=2)
+PROGRESS = Progress(step=7, consumed=30, skipped=2, seed=5, sizes=(8, 6), counts=(8, 3))
+BEGIN = replace(PROGRESS, step=0, consumed=0, skipped=0)
 
 
 def whole(x: Any) -> Tensor:
@@ -59,7 +62,8 @@ def read(rank: int, folder: Path, ring: int) -> tuple[Progress, float, dict[str,
     """Progress, learning rate and state of a run that continues, and the parameters of one that starts from it."""
     mesh = Mesh(ring=ring)
     model, optimizer = sharded(mesh, seed=2, shard="model")
-    progress = resume(folder, model=model, optimizer=optimizer, mesh=mesh)
+    progress = read_progress(folder, BEGIN, mesh)
+    resume(folder, model=model, optimizer=optimizer, mesh=mesh)
     fresh = random_model(tiny_config(), seed=3)
     load_model(folder, fresh, mesh if ring > 1 else None)
     rate = optimizer.param_groups[0]["lr"]
@@ -80,7 +84,7 @@ def written(folder: Path) -> dict[str, Tensor]:
 def test_what_4_ranks_wrote_fewer_read(folder: Path, written: dict[str, Tensor], ranks: int) -> None:
     results = run_ranks(read, 2, folder, 2) if ranks == 2 else [read(0, folder, 1)]
     for progress, rate, state, parameters in results:
-        assert (progress, rate) == (PROGRESS, 0.1)
+        assert (progress, rate) == (PROGRESS, 0.2)  # the rate of the run that continues
         assert state.keys() == written.keys()
         assert not [name for name in written if not torch.equal(state[name], written[name])]
         assert parameters and not [name for name, p in parameters.items() if not torch.equal(p, written[name])]
@@ -141,11 +145,49 @@ def test_new_parameters_stay_and_all_others_are_read(folder: Path, written: dict
 
 def test_a_checkpoint_without_an_optimizer_cannot_be_continued(tmp_path: Path) -> None:
     mesh = Mesh(alone=True)
-    model, optimizer = sharded(mesh, seed=1)
+    model = random_model(tiny_config(), seed=1)
     model.config.save(tmp_path)
     save(tmp_path, model=model, optimizer=None, progress=PROGRESS, mesh=mesh)
     with pytest.raises(ValueError, match=r"step-000007 has no optimizer state .* start a new run from it"):
-        resume(tmp_path, model=model, optimizer=optimizer, mesh=mesh)
+        read_progress(tmp_path, BEGIN, mesh)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seed": 6}, "seed 5, this run has 6"),
+        ({"sizes": (8, 7)}, r"numbers of samples in data \(8, 6\), this run has \(8, 7\)"),
+        ({"sizes": (8,), "counts": (8,)}, r"numbers of samples in data \(8, 6\), this run has \(8,\)"),
+        ({"counts": (8, 2)}, r"numbers of samples in an epoch \(8, 3\), this run has \(8, 2\)"),
+    ],
+)
+def test_samples_in_another_order_are_refused(
+    folder: Path, written: dict[str, Tensor], changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"step-000007 was written with {message}: .* set it back, or start a new run"):
+        read_progress(folder, replace(BEGIN, **changed), Mesh(alone=True))
+
+
+def test_a_checkpoint_that_does_not_know_its_order_is_refused(tmp_path: Path) -> None:
+    model, optimizer = sharded(mesh := Mesh(alone=True), seed=1)
+    model.config.save(tmp_path)
+    old: Any = SimpleNamespace(step=7, consumed=30, skipped=2)
+    save(tmp_path, model=model, optimizer=optimizer, progress=old, mesh=mesh)
+    with pytest.raises(ValueError, match="step-000007 does not say in what order its samples come"):
+        read_progress(tmp_path, BEGIN, mesh)
+
+
+def test_hyperparameters_are_those_of_the_run_that_continues(folder: Path, written: dict[str, Tensor]) -> None:
+    """Also where they group the parameters in another way."""
+    model = random_model(tiny_config(), seed=2)
+    decay, rest = [p for p in model.parameters() if p.dim() > 1], [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decay, "weight_decay": 0.5, "peak": 3.0}, {"params": rest, "peak": 4.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.3, betas=(0.5, 0.75), weight_decay=0.0)
+    resume(folder, model=model, optimizer=optimizer, mesh=Mesh(alone=True))
+    found = [(len(g["params"]), g["weight_decay"], g["peak"], g["lr"], g["betas"]) for g in optimizer.param_groups]
+    assert found == [(len(decay), 0.5, 3.0, 0.3, (0.5, 0.75)), (len(rest), 0.0, 4.0, 0.3, (0.5, 0.75))]
+    state = whole_state(model, optimizer)
+    assert state.keys() == written.keys() and not [name for name in written if not state[name].equal(written[name])]
 
 
 def random_numbers(rank: int, folder: Path) -> tuple[Tensor, Tensor]:

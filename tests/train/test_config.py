@@ -26,6 +26,7 @@ FIELDS: dict[str, Any] = {"stage": 3, "model": Path("m"), "data": Path("d"), "ou
         ({"batch_size": -2}, "batch_size must be at least 1, got -2"),
         ({"ulysses": 0}, "ulysses must be at least 1, got 0"),
         ({"warmup": -1}, "warmup must be at least 0, got -1"),
+        ({"seed": 2**63}, rf"seed must be less than 2\*\*63, got {2**63}"),
         ({"low_rank": -8}, "low_rank must be at least 0, got -8"),
         ({"clip": 0.0}, "clip must be more than 0, got 0.0"),
         ({"learning_rate": -1e-3}, "learning_rate must be more than 0, got -0.001"),

@@ -44,6 +44,11 @@ def test_the_memory_is_the_estimate_with_and_without_recomputation() -> None:
     assert said["sum"] == [f"{sum(way.values()) / 1e9:.2f}" for way in ways]
 
 
+def test_a_run_that_names_no_dtype_is_one_in_bfloat16() -> None:
+    assert page(make_config(dtype=None), 64) == (said := page(make_config(), 64))
+    assert said["dtype"] == ["bfloat16"]
+
+
 @pytest.mark.parametrize(("spare", "word"), [(0, "fits"), (-1, "DOES NOT FIT")])
 def test_one_byte_too_many_does_not_fit(spare: int, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config()

@@ -106,6 +106,103 @@ def test_tensorboard_has_the_values_of_each_step(interrupted: list[tuple[Numbers
         assert all(event.value > 0 for event in board.Scalars(name))
 
 
+# ------------------------------------------------------------------------------------- continued with other settings
+
+# on so many ranks, until so many steps, then on so many; of 6 rows
+MOVED: dict[str, tuple[int, int, int, dict[str, int]]] = {
+    "epochs 1 to 2": (1, 5, 2, {"epochs": 2, "steps": 0}),
+    "epochs 2 to 1": (2, 3, 1, {"epochs": 2, "steps": 0}),
+    "steps 2 to 1": (2, 2, 1, {"steps": 4}),
+}
+
+
+def begin(rank: int, start: Path, rows: Path, folder: Path, ranks: int) -> None:
+    """The first part of those of MOVED that begin on so many ranks."""
+    for name, (before, stop, _, fields) in MOVED.items():
+        if before == ranks:
+            settings = run_config(start, rows, folder / name, batch_size=1, **fields)
+            trainer = Trainer(settings, Mesh(data=ranks))
+            for _ in range(stop):
+                trainer.step()
+            trainer.save()
+            trainer.loader.close()
+
+
+def move(rank: int, start: Path, rows: Path, folder: Path, ranks: int) -> dict[str, tuple[float, ...]]:
+    """The others: rate and steps read ahead at their first step, then the steps and samples at their end."""
+    found = {}
+    for name, (_, _, after, fields) in MOVED.items():
+        if after == ranks:
+            settings = run_config(start, rows, folder / name, batch_size=1, prefetch=2, **fields)
+            trainer = Trainer(settings, Mesh(data=ranks), continue_run=True)
+            trainer.step()
+            rate, num_ahead = trainer.optimizer.param_groups[0]["lr"], len(trainer.loader.ahead)
+            step = trainer.run()[-1].step
+            assert step == trainer.progress.step
+            found[name] = (rate, num_ahead, step, trainer.progress.consumed)
+    return found
+
+
+def test_on_other_ranks_a_run_ends_where_it_would_and_its_rate_goes_on(
+    start: Path, conversations: Path, tmp_path: Path
+) -> None:
+    for ranks in (1, 2):
+        run_ranks(begin, ranks, start, conversations, tmp_path, ranks)
+    found: dict[str, tuple[float, ...]] = {}
+    for ranks in (1, 2):
+        found |= run_ranks(move, ranks, start, conversations, tmp_path, ranks)[0]
+    assert found["epochs 1 to 2"] == pytest.approx((0.0075, 2, 9, 13))  # 2 of 6 steps done: 4 were, of 12 samples
+    assert found["epochs 2 to 1"] == pytest.approx((0.005, 2, 9, 12))  # half of 12 samples done
+    assert found["steps 2 to 1"] == pytest.approx((0.005, 1, 4, 6))  # half of 4 steps done
+
+
+def change(rank: int, start: Path, rows: Path, folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The groups of a continued run with hyperparameters of its own, and what is said of another order of samples."""
+    settings, mesh = run_config(start, rows, folder / "changed", schedule="constant"), Mesh()
+    trainer = Trainer(settings, mesh)
+    trainer.step()
+    trainer.save()
+    trainer.loader.close()
+    own = {"learning_rate": 1e-3, "tower_learning_rate": 0.5, "weight_decay": 0.25, "betas": (0.5, 0.75)}
+    trainer = Trainer(replace(settings, **own), mesh, continue_run=True)
+    trainer.step()
+    trainer.loader.close()
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in trainer.optimizer.param_groups]
+    fewer, errors = write_rows(rows.with_name("fewer.jsonl"), [conversation(0, [])]), []
+    for fields in ({"seed": 7}, {"data": fewer}):
+        try:
+            Trainer(replace(settings, **fields), mesh, continue_run=True)
+        except ValueError as error:
+            errors.append(str(error))
+    return groups, errors
+
+
+def test_a_continued_run_has_the_settings_given_now_but_for_the_order_of_its_samples(
+    start: Path, conversations: Path, tmp_path: Path
+) -> None:
+    groups, errors = run_ranks(change, 1, start, conversations, tmp_path)[0]
+    found = {(group["lr"], group["peak"], group["weight_decay"], group["betas"]) for group in groups}
+    assert found == {(rate, rate, decay, (0.5, 0.75)) for rate in (1e-3, 5e-4) for decay in (0.0, 0.25)}
+    assert len(errors) == 2 and "with seed 0, this run has 7" in errors[0]
+    assert "with numbers of samples in data (6,), this run has (1,)" in errors[1]
+
+
+def take_steps(rank: int, start: Path, rows: Path, folder: Path) -> tuple[list[tuple[int, int]], ...]:
+    """Tokens and frames of each step of an epoch and a half, and those of the samples that belong in it."""
+    trainer = Trainer(run_config(start, rows, folder), Mesh(data=2))
+    dataset, seed = trainer.loader.dataset, trainer.config.seed
+    taken = [trainer.step() for _ in range(3)]
+    trainer.loader.close()
+    samples = [[dataset[index] for index in dataset.order(seed, 4 * step, 4)] for step in range(3)]
+    expected = [(sum(len(s.input_ids) for s in step), sum(len(s.frame_starts) for s in step)) for step in samples]
+    return [(step.num_tokens, step.num_frames) for step in taken], expected
+
+
+def test_each_step_takes_the_next_samples(start: Path, conversations: Path, tmp_path: Path) -> None:
+    for taken, expected in run_ranks(take_steps, 2, start, conversations, tmp_path):
+        assert taken == expected and len(set(expected)) == 3
+
+
 # ------------------------------------------------------------------------------------- the same run, split otherwise
 
 SAME = {
