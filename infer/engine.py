@@ -6,6 +6,7 @@ keys and values where they were computed: each rank keeps its heads of its ring 
 with its heads over its slots, and the partial results are merged by their lse.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,6 +27,8 @@ from ..model.ring import ring_attention
 from ..model.ulysses import HeadSplit, pick_heads, to_heads, to_tokens
 from ..model.vlm import VisionLanguageModel
 from .sampling import sample
+
+log = logging.getLogger(__name__)
 
 ReadFrames = Callable[[int, int], Tensor]
 """(first, last) -> pixels [last - first, 3, H, W], uint8 or normalised, of those frames, counted over all prompts"""
@@ -142,6 +145,7 @@ class Engine:
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
         self.model, self.mesh, self.chunk = model.eval(), mesh, chunk
+        self.warned = False
 
     @torch.no_grad()
     def generate(
@@ -158,8 +162,10 @@ class Engine:
         """Yield the next token of each prompt until all have produced `stop` or max_new_tokens; None: it is done.
 
         Greedy at temperature 0. Every rank passes the same arguments and gets the same tokens. Collective.
+        Prompts beyond the model's context are answered, with one warning for all.
         """
         slots = Slots.of(prompts, max_new_tokens)
+        self._warn_beyond_context(slots)
         generator = torch.Generator(self.mesh.device).manual_seed(seed)
         cache, hidden = self._prefill(slots, read_frames)
         active = list(range(len(prompts)))
@@ -173,6 +179,18 @@ class Engine:
             active, tokens = [active[i] for i in going], tokens[to_device(torch.tensor(going), tokens.device)]
             positions = slots.cu_seqlens[active] + slots.prompt_lengths[active] + step
             hidden = self._decode(slots, cache, positions, tokens)
+
+    def _warn_beyond_context(self, slots: Slots) -> None:
+        longest = int(slots.cu_seqlens.diff().max())
+        context = self.model.config.language.max_position_embeddings
+        if longest > context and self.mesh.rank == 0 and not self.warned:
+            log.warning(
+                "%d tokens, of a prompt and its answer, are more than the model's context of %d: "
+                "answers may be wrong; take fewer frames, or a model of more context",
+                longest,
+                context,
+            )
+            self.warned = True
 
     def _prefill(self, slots: Slots, read_frames: ReadFrames) -> tuple[KeyValueCache, Tensor]:
         """Run the prompts. Returns the cache and the hidden state [num_prompts, C] of each prompt's last token."""

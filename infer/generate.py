@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--frames", type=int, default=64, help="most frames taken, spread over the video (64)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="most tokens generated (128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (0)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the sampling (0)")
     add_grid(parser)
     request = Request(**vars(parser.parse_args(argv)))
     check_files(request.checkpoint, request.video)
@@ -57,6 +57,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of parameters, cache and computation (bfloat16; on a CPU float32)"
     )
+
+
+def seed(text: str) -> int:
+    """What --seed may be: NumPy takes none below 0, torch none of more than 64 bits."""
+    if not 0 <= (value := int(text)) < 2**63:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and less than 2**63, got {value}")
+    return value
 
 
 def add_grid(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from ..comm.launch import launch
 from ..comm.mesh import Mesh
-from .generate import add_grid, add_model, check_files, load_engine
+from .generate import add_grid, add_model, check_files, load_engine, seed
 from .haystack import Photographs, VideoFile
 from .heatmap import plot_grid
 from .needle import NeedleGrid, evaluate, write_trials
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--frames", type=_list_of(int), default=[8, 64], help="video lengths (8,64)")
     parser.add_argument("--depths", type=_list_of(float), default=[0.0, 0.5, 1.0], help="places from 0 to 1 (0,0.5,1)")
     parser.add_argument("--needles", type=int, default=8, help="videos a cell; each has two questions (8)")
-    parser.add_argument("--seed", type=int, default=0, help="draws haystacks and needles (0)")
+    parser.add_argument("--seed", type=seed, default=0, help="draws haystacks and needles (0)")
     parser.add_argument("--video", type=Path, help="your own video as the haystack")
     parser.add_argument("--control", action="store_true", help="also ask with the needle's frame left out")
     parser.add_argument("--json", type=Path, help="write the grid here")

@@ -14,11 +14,11 @@ def sample(
     """One token per row of logits [B, vocab], int64 [B]: the most likely at temperature 0, else drawn.
 
     top_p keeps the fewest most likely tokens whose probabilities reach it (nucleus, arXiv 1904.09751).
-    The generator lives on the device of the logits. Raises ValueError for a negative temperature and for a
-    top_p outside (0, 1].
+    The generator lives on the device of the logits. Raises ValueError for a negative temperature, one
+    that is no number, and a top_p outside (0, 1].
     """
-    if temperature < 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
+    if not temperature >= 0:  # as nan is not
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
     if temperature == 0:

@@ -4,7 +4,7 @@ What is not initialised is NaN in these tests, so that nothing is read before it
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -96,6 +96,18 @@ def say(engine: Engine, name: str, *, max_new_tokens: int = 4, stop: int = NEVER
                 tokens[i].append(token)
                 hidden[i].append(state)
     return Said(tokens, [torch.stack(states) for states in hidden])
+
+
+def test_what_is_beyond_the_models_context_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model(4, 2)
+    for context, warnings in ((45, 0), (44, 1)):  # the longest prompt is of 41 tokens, and 4 more
+        language = replace(model.config.language, max_position_embeddings=context)
+        model.config = replace(model.config, language=language)
+        engine = Engine(model, Mesh(alone=True))
+        for name in ("text", "text", "one token"):
+            say(engine, name)
+        assert len(caplog.messages) == warnings
+    assert "45 tokens" in caplog.text and "the model's context of 44" in caplog.text
 
 
 def run_again(model: VisionLanguageModel, prompt: Prompt, tokens: Sequence[int]) -> Tensor:
@@ -240,7 +252,7 @@ def test_what_cannot_be_generated_is_named() -> None:
     engine = Engine(model, mesh)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
         say(engine, "text", max_new_tokens=0)
-    with pytest.raises(ValueError, match="temperature must not be negative, got -1"):
+    with pytest.raises(ValueError, match="temperature must be at least 0, got -1"):
         say(engine, "text", temperature=-1.0)
     nothing = Prompt(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0))
     with pytest.raises(ValueError, match="prompt 1 has no tokens"):

@@ -185,7 +185,7 @@ def test_a_video_that_one_rank_cannot_decode_ends_all_ranks(tmp_path: Path, star
     [
         (["--frames", "0"], "cannot take 0 frames of 12"),
         (["--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
-        (["--temperature", "-1"], "temperature must not be negative, got -1"),
+        (["--temperature", "-1"], "temperature must be at least 0, got -1"),
         (["--ring", "0"], "world_size 0"),
         (["--prompt", "<video> and this ?"], "2 placeholders for 1 media"),
     ],
@@ -197,6 +197,17 @@ def test_impossible_numbers_are_named(
         main(["generate", "--checkpoint", str(start), "--video", str(video), "--prompt", "what ?", *flags])
     assert ended.value.code == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+@pytest.mark.parametrize("command", [["generate", "--prompt", "what ?"], ["needle"]], ids=["generate", "needle"])
+def test_a_seed_that_cannot_be_is_refused_by_its_flag(
+    start: Path, capsys: pytest.CaptureFixture[str], command: list[str], seed: int
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--checkpoint", str(start), "--seed", str(seed)])
+    assert ended.value.code == 2
+    assert f"--seed: must be at least 0 and less than 2**63, got {seed}" in capsys.readouterr().err
 
 
 def test_an_unknown_flag_is_bad_usage(start: Path, capsys: pytest.CaptureFixture[str]) -> None:

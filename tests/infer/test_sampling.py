@@ -55,7 +55,12 @@ def test_a_seed_repeats_its_tokens():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"temperature": -0.1}, "got -0.1"), ({"top_p": 0.0}, "got 0.0"), ({"top_p": 1.5}, "got 1.5")],
+    [
+        ({"temperature": -0.1}, "got -0.1"),
+        ({"temperature": float("nan")}, "temperature must be at least 0, got nan"),
+        ({"top_p": 0.0}, "got 0.0"),
+        ({"top_p": 1.5}, "got 1.5"),
+    ],
 )
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
