@@ -1,6 +1,7 @@
 """The CUDA backends on CPU tensors: which kernel they launch, with what, and what they refuse."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tests.kernels.masks import cases, shard_visibility
 
 SCALE = 0.3
 NEAR = {"rtol": 1e-5, "atol": 2e-5}
+NOT_INTERPRETED = SimpleNamespace(runtime=SimpleNamespace(interpret=False))  # triton.knobs as on a GPU
 EMPTY = ["nothing", "no keys", "no queries", "random 2"]
 
 
@@ -111,7 +113,7 @@ def test_a_head_dim_of_no_whole_16_bytes(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("capability", "uses"), [(80, False), (90, True), (100, False), (120, False)])
 def test_tma_serves_on_hopper_alone(capability: int, uses: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(blocks, "knobs", NOT_INTERPRETED)
     monkeypatch.setattr(blocks.driver, "_active", CompileOnly(capability))
     q = torch.randn(8, 2, 64).half()
     assert blocks.use_tma(q) is uses
@@ -219,7 +221,7 @@ def test_what_no_kernel_takes(change: dict[str, Any], message: str) -> None:
 
 
 def test_cpu_tensors_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(cuda, "knobs", NOT_INTERPRETED)
     q = torch.zeros(20, 2, 16)
     with pytest.raises(ValueError, match="set TRITON_INTERPRET=1 first"):
         block_forward(q, q, q, shard_visibility(20), scale=1.0, backend="triton")
