@@ -23,8 +23,7 @@ MOST_PROCESSES, PROCESS_BYTES = 16, 5e9  # at once; what one may need of the GPU
 FULL_DTYPES = ("bfloat16",)  # on all cases; other dtypes on the quick ones
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 SANITIZED_HEAD_DIMS = (64, 72)  # of one part, and of two
-KERNEL_NAMES = ("forward_kernel", "backward_kernel", "dkdv_kernel", "dq_kernel", "decode_kernel", "merge_kernel")
-KERNEL_NAMES += ("prepare_kernel",)
+KERNEL_NAMES = tuple(f"{x}_kernel" for x in ("forward", "backward", "dkdv", "dq", "decode", "merge", "prepare"))
 FOUND = 9  # exit code of compute-sanitizer where it found something
 SANITIZER_SECONDS = 150.0
 

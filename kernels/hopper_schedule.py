@@ -64,7 +64,8 @@ def heads_at_once(k: Tensor, heads: int) -> int:
     return min(max(fit, 1), key_heads) * (heads // key_heads)
 
 
-# On the device
+# On the device. schedule: Drawn (`tickets`), Order (`longest_first`), row tiles, `heads_at_once`, LONGEST_RUN.
+# tiles: Start, End, rows, heads. told: int32 [8, 1] in shared memory, four numbers for each half of a tile's rows.
 
 
 @gluon.jit

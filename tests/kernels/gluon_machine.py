@@ -39,6 +39,15 @@ class Partition:
         self.stores: list[Shared] = []
 
 
+def run_in_turns(threads: Sequence[threading.Thread], hand_over: Callable[[], None]) -> None:
+    """To their ends: each waits until it is handed its first turn."""
+    for thread in threads:
+        thread.start()
+    hand_over()
+    for thread in threads:
+        thread.join()
+
+
 class Grid:
     """The programs of a launch: one runs at a time, and who goes on is drawn where one meets the others."""
 
@@ -50,11 +59,7 @@ class Grid:
     def run(self, programs: Sequence[Callable[[], None]]) -> None:
         """Runs them to their ends. Raises what the first that failed raised."""
         threads = [threading.Thread(target=self._run, args=(program, self._wait())) for program in programs]
-        for thread in threads:
-            thread.start()
-        self._hand_over()
-        for thread in threads:
-            thread.join()
+        run_in_turns(threads, self._hand_over)
         if self.error:
             raise self.error
 
@@ -102,11 +107,7 @@ class Program:
             threading.Thread(target=self._run, args=(partition, *part))
             for partition, part in zip(self.partitions, parts, strict=True)
         ]
-        for thread in threads:
-            thread.start()
-        self._hand_over()
-        for thread in threads:
-            thread.join()
+        run_in_turns(threads, self._hand_over)
         if self.error:
             raise self.error
 
